@@ -1,0 +1,55 @@
+"""What a target is: a place where a compiled model runs, and the bindings of ops to its kernels."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """Which kernel one op of the model was bound to, and why."""
+
+    node: str
+    op: str
+    kernel: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundModel:
+    """A model whose every op the target's runtime can run, and how to run it.
+
+    Attributes:
+        model: the bound graph; shares the tensors that were not repacked with the graph it came from.
+        bindings: one row per op that had a choice.
+        session_options: onnxruntime session configuration entries that the bound kernels rely on.
+        disabled_optimizers: names of onnxruntime graph optimisers that would undo a binding.
+    """
+
+    model: ir.Model
+    bindings: tuple[Binding, ...] = ()
+    session_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    disabled_optimizers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target(abc.ABC):
+    """Where a compiled model runs. Frozen: two equal targets bind alike on the same machine."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def bind(self, model: ir.Model) -> BoundModel:
+        """Replace ops of the ``planish`` domain, and ops with a faster kernel, by what this target runs.
+
+        ``model`` is not changed.
+        """
+
+    def providers(self) -> list[Any]:
+        """onnxruntime execution providers for the bound model."""
+        return ["CPUExecutionProvider"]

@@ -1,0 +1,147 @@
+"""The pass protocol: what a pass is, what it may ask of the world, and what it answers.
+
+A pass is a frozen dataclass; its fields are its options, read alike by Python, the command line and YAML.
+It rewrites the model in place and never opens a session, a file or a progress bar itself: the driver hands
+it a `PassContext` for that.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ...codegen.target import Target
+
+T = TypeVar("T")
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+class Fact(enum.Enum):
+    """Something that is true of a model between two passes; passes require, establish and destroy facts."""
+
+    CANONICAL = "canonical"
+    """The canonical form holds: linears own their weights, attention, rotary and norms are single nodes."""
+    FUSED = "fused"
+    """Linears that read the same input are merged and activations are single nodes."""
+    QUANTIZED = "quantized"
+    """Some linears are quantised: their weights can no longer be rotated, scaled or pruned."""
+
+
+class Contract(enum.Enum):
+    """What a pass promises about the function that the model computes."""
+
+    EXACT = "exact"
+    """The outputs agree to floating-point reassociation; checked against `Pass.tolerance`."""
+    APPROXIMATE = "approximate"
+    """The outputs change on purpose; the error caused is measured and reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """One thing a pass looked at and left alone."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """What a pass covered of what it looked at, for example 187 of 196 linears."""
+
+    unit: str
+    covered: int
+    skipped: tuple[Skipped, ...] = ()
+    required: bool = True
+    """Covering nothing is an error (asked-for work), not just a remark."""
+
+    @property
+    def total(self) -> int:
+        """How many there were: covered and skipped."""
+        return self.covered + len(self.skipped)
+
+    def __str__(self) -> str:
+        text = f"{self.covered} of {self.total} {self.unit}"
+        if not self.skipped:
+            return text
+        reasons: dict[str, int] = {}
+        for skip in self.skipped:
+            reasons[skip.reason] = reasons.get(skip.reason, 0) + 1
+        return f"{text}; {len(self.skipped)} skipped: " + ", ".join(
+            f"{reason} ({count})" if len(reasons) > 1 else reason for reason, count in reasons.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassResult:
+    """What a pass did. ``statistics`` counts rewrites by rule name."""
+
+    modified: bool
+    coverage: Coverage | None = None
+    statistics: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remark:
+    """A sentence that a pass says about one node or one weight."""
+
+    subject: str
+    text: str
+
+
+class PassContext:
+    """What a pass may ask of the world. The driver makes one for each pass that it runs.
+
+    Attributes:
+        target: where the model will run; answers what its kernels can do and cost.
+        examples: real inputs, each a mapping from graph-input name to array; may be empty.
+        calibration: further real inputs, streamed once; may be empty.
+        rng: a generator seeded by the pipeline's seed and the pass's position.
+        remarks: what the pass has said so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Target,
+        examples: Sequence[Feeds] = (),
+        calibration: Iterable[Feeds] = (),
+        seed: int = 0,
+    ) -> None:
+        self.target = target
+        self.examples = examples
+        self.calibration = calibration
+        self.rng = np.random.default_rng(seed)
+        self.remarks: list[Remark] = []
+
+    def remark(self, subject: ir.Node | ir.Value | str, text: str) -> None:
+        """Say something about a node or weight: why it was skipped, or what fell back."""
+        name = subject if isinstance(subject, str) else (subject.name or repr(subject))
+        self.remarks.append(Remark(name, text))
+
+    def progress(self, items: Sequence[T], description: str) -> Iterator[T]:
+        """Iterate ``items`` and let the driver's instruments show how far the work is."""
+        del description
+        return iter(items)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass(abc.ABC):
+    """Base of all passes. Subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = Contract.EXACT
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    establishes: ClassVar[frozenset[Fact]] = frozenset()
+    destroys: ClassVar[frozenset[Fact]] = frozenset()
+    tolerance: ClassVar[float] = 1e-4
+    """Exact passes: the largest allowed ‖after − before‖∞ / ‖before‖∞ of any float32 output."""
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
+        """Rewrite ``model`` in place."""
