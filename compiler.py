@@ -1,0 +1,146 @@
+"""`planish.compile`: a model in, passes applied in order, a model bound to a target out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from .codegen import get_target
+from .codegen.target import Target
+from .ir import load
+from .ir.errors import InputError, PipelineError
+from .ir.signature import Signature, flatten_inputs
+from .ir.trace import trace
+from .passes.infrastructure.driver import run_pipeline
+from .passes.infrastructure.instruments import ContractCheck, Instrument, VerifyAfterEachPass
+from .passes.infrastructure.pipeline import Pipeline
+from .runtime.compiled_model import CompiledModel
+
+Check = Literal["contract", "verify", "none"]
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+DEFAULT_PASSES = ("canonicalize", "fuse")
+
+
+def compile(
+    model: torch.nn.Module | torch.export.ExportedProgram | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    passes: Any = DEFAULT_PASSES,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    calibration: Iterable[Feeds] | None = None,
+    target: str | Target = "onnxruntime-cpu",
+    check: Check = "verify",
+    seed: int = 0,
+    instruments: Sequence[Instrument] = (),
+) -> CompiledModel:
+    """Compile a model: trace or load it, run the passes in order, bind the result to the target.
+
+    Args:
+        model: a torch module (needs ``example_inputs``, except transformers' causal language models, which
+            are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, or an ONNX
+            model in memory. It is not changed.
+        passes: pass objects, names, `onnx_ir` passes, a list of those, or a text pipeline such as
+            ``"canonicalize,fuse,quantize{scheme=W8A8}"``.
+        example_inputs: for a module, what it is called with (a tensor, a tuple, or a dict of keyword
+            arguments); for ONNX, a dict of arrays by graph-input name. Contract checks run on them.
+        dynamic_shapes: as in `torch.export.export`; by default batch and sequence dimensions are dynamic.
+        calibration: further inputs, dicts of arrays by graph-input name, for passes that ask for data.
+        target: ``"onnxruntime-cpu"``, ``"portable"``, or a `Target` with options.
+        check: after each pass, ``"verify"`` the graph's structure, or also check each pass's ``"contract"``
+            by running the model on ``example_inputs``; ``"none"`` checks nothing.
+        seed: seeds every pass that draws random numbers.
+        instruments: further instruments to run around the passes.
+
+    Raises:
+        PlanishError: with one line that names the pass, the node, what was expected and what to do.
+    """
+    pipeline = Pipeline.of(passes)
+    target = get_target(target) if isinstance(target, str) else target
+    graph, signature, examples = _read(model, example_inputs, dynamic_shapes)
+    source_hash = content_hash(graph)
+    report = run_pipeline(
+        graph,
+        pipeline,
+        target=target,
+        examples=examples,
+        calibration=calibration or (),
+        seed=seed,
+        instruments=(*_checks(check, examples), *instruments),
+    )
+    graph.metadata_props.update(
+        {
+            "planish.recipe": pipeline.to_yaml(),
+            "planish.seed": str(seed),
+            "planish.source": source_hash,
+            "planish.report": json.dumps(report.as_dict()),
+        }
+    )
+    return CompiledModel(
+        model=graph, bound=target.bind(graph), target=target, report=report, signature=signature
+    )
+
+
+def _read(
+    model: Any, example_inputs: Any, dynamic_shapes: Any
+) -> tuple[ir.Model, Signature | None, tuple[Feeds, ...]]:
+    """The model in the IR, how to call it, and the example inputs as feeds."""
+    if isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
+        graph = trace(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        signature: Signature = graph.meta["planish.signature"]
+        return graph, signature, _module_feeds(signature, example_inputs)
+    graph = load(model)
+    if example_inputs is None:
+        return graph, None, ()
+    if not isinstance(example_inputs, Mapping):
+        raise InputError(
+            f"example_inputs of an ONNX model: expected a dict of arrays, found {type(example_inputs).__name__}",
+            hint=f"the graph inputs are {[value.name for value in graph.graph.inputs]}",
+        )
+    return graph, None, ({name: np.asarray(array) for name, array in example_inputs.items()},)
+
+
+def _module_feeds(signature: Signature, example_inputs: Any) -> tuple[Feeds, ...]:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, Mapping):
+        tensors = flatten_inputs(signature, (), dict(example_inputs))
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+        tensors = flatten_inputs(signature, tuple(args), {})
+    return ({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()},)
+
+
+def _checks(check: Check, examples: Sequence[Feeds]) -> tuple[Instrument, ...]:
+    if check == "none":
+        return ()
+    if check == "verify":
+        return (VerifyAfterEachPass(),)
+    if check != "contract":
+        raise PipelineError(f"check: expected 'contract', 'verify' or 'none', found {check!r}")
+    if not examples:
+        raise InputError(
+            "check='contract' runs the model after each pass and needs inputs to run it on",
+            hint="give example_inputs=",
+        )
+    return (VerifyAfterEachPass(), ContractCheck(examples))
+
+
+def content_hash(model: ir.Model) -> str:
+    """SHA-256 of a graph's weights, names included: which model a file was compiled from."""
+    digest = hashlib.sha256()
+    for name in sorted(model.graph.initializers):
+        tensor = model.graph.initializers[name].const_value
+        if tensor is None:
+            continue
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8))
+    return f"sha256:{digest.hexdigest()}"

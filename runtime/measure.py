@@ -1,0 +1,114 @@
+"""How far two sets of outputs are apart, and how long models take."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far one output is from its reference.
+
+    Attributes:
+        cosine_mean: mean cosine similarity of the rows (last axis), 1.0 for equal directions.
+        cosine_min: the lowest of them.
+        max_absolute: ‖a − b‖∞.
+        max_relative: ‖a − b‖∞ / ‖b‖∞, b the reference; 0 when both are zero.
+        kl_divergence: mean KL(softmax(b) ‖ softmax(a)) over rows, in nats; for logits.
+    """
+
+    cosine_mean: float
+    cosine_min: float
+    max_absolute: float
+    max_relative: float
+    kl_divergence: float | None = None
+
+
+def difference(value: Array, reference: Array, *, logits: bool = False) -> Difference:
+    """Compare an output with its reference in float64. Shapes must agree.
+
+    Args:
+        value: array of any shape; the last axis is the feature axis.
+        reference: what it should have been, of the same shape.
+        logits: also compute the KL divergence of the softmax over the last axis.
+    """
+    a, b = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"expected shape {list(b.shape)}, found {list(a.shape)}")
+    if a.size == 0:
+        return Difference(cosine_mean=1.0, cosine_min=1.0, max_absolute=0.0, max_relative=0.0)
+    rows_a, rows_b = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (a, b))
+    cosine = _row_cosine(rows_a, rows_b)
+    max_absolute = float(np.abs(a - b).max())
+    scale = float(np.abs(b).max())
+    return Difference(
+        cosine_mean=float(cosine.mean()),
+        cosine_min=float(cosine.min()),
+        max_absolute=max_absolute,
+        max_relative=max_absolute / scale if scale else (float("inf") if max_absolute else 0.0),
+        kl_divergence=_kl_divergence(rows_a, rows_b) if logits else None,
+    )
+
+
+def _row_cosine(a: Array, b: Array) -> Array:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    # Two zero rows point the same way; one zero row against a nonzero one does not.
+    both_zero = ~a.any(axis=-1) & ~b.any(axis=-1)
+    return np.where(both_zero, 1.0, (a * b).sum(-1) / np.where(norms > 0, norms, 1.0))
+
+
+def _kl_divergence(a: Array, b: Array) -> float:
+    log_a, log_b = _log_softmax(a), _log_softmax(b)
+    return float((np.exp(log_b) * (log_b - log_a)).sum(-1).mean())
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Timings of one callable, in milliseconds."""
+
+    median_ms: float
+    fastest_ms: float
+    samples: int
+
+
+def interleaved_latency(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int = 20, warmup: int = 3, seed: int = 0
+) -> dict[str, Latency]:
+    """Time several callables against each other, one call of each per round in a shuffled order.
+
+    Interleaving makes drifts of the machine (frequency, other load) hit all alike, so that *ratios* of the
+    medians hold even where the milliseconds do not.
+    """
+    order = list(runs)
+    shuffle = np.random.default_rng(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(warmup):
+        for name in order:
+            runs[name]()
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: _latency(times[name]) for name in runs}
+
+
+def _latency(seconds: Sequence[float]) -> Latency:
+    return Latency(
+        median_ms=float(np.median(seconds)) * 1e3,
+        fastest_ms=float(np.min(seconds)) * 1e3,
+        samples=len(seconds),
+    )

@@ -1,0 +1,167 @@
+"""Running a graph with onnxruntime: from the IR in memory to outputs, without copies where it allows.
+
+Weights are handed to onnxruntime by reference (`add_external_initializers`), so that no serialised copy of
+the model is made. Inputs are read in place. Outputs stay in the buffers that onnxruntime allocated and are
+viewed through DLPack. onnxruntime may still keep its own *prepacked* form of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from ..codegen.target import BoundModel, Target
+from ..ir import clone
+from ..ir.errors import InputError, TargetError
+
+Array = np.ndarray[Any, Any]
+
+_PLACEHOLDER_FILE = "in-memory"
+# Below this many bytes a weight travels inside the serialised graph, where onnxruntime can fold constants.
+_SMALL_TENSOR_BYTES = 4096
+
+
+class Session:
+    """One onnxruntime session over a bound model.
+
+    Args:
+        bound: the model as its target bound it, or a plain graph that onnxruntime can run.
+        target: supplies the execution providers; CPU when absent.
+        threads: intra-op threads; onnxruntime's default (one per core) when absent.
+
+    Raises:
+        TargetError: onnxruntime rejects the model.
+    """
+
+    def __init__(
+        self, bound: BoundModel | ir.Model, *, target: Target | None = None, threads: int | None = None
+    ) -> None:
+        if isinstance(bound, ir.Model):
+            bound = BoundModel(model=bound)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        for key, value in bound.session_options.items():
+            options.add_session_config_entry(key, value)
+        serialized, self._shared_weights = _serialize_sharing_weights(bound.model)
+        if self._shared_weights:
+            options.add_external_initializers(
+                list(self._shared_weights),
+                [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._shared_weights.values()],
+            )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                serialized,
+                options,
+                providers=target.providers() if target else ["CPUExecutionProvider"],
+                disabled_optimizers=list(bound.disabled_optimizers),
+            )
+        except Exception as error:
+            raise TargetError(
+                f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}",
+                hint="`planish inspect` lists its ops; an op this onnxruntime lacks needs another target",
+            ) from error
+        self.inputs = tuple(self._session.get_inputs())
+        self.output_names = tuple(output.name for output in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Arrays in, arrays out, by graph-input and graph-output name.
+
+        Raises:
+            InputError: an input is missing, unknown, or has the wrong dtype or rank.
+        """
+        return {name: tensor.numpy() for name, tensor in self.run_torch(feeds).items()}
+
+    def run_torch(self, feeds: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+        """Like `run`, with the outputs as CPU tensors that own onnxruntime's buffers."""
+        check_feeds(self.inputs, feeds)
+        values = {
+            argument.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.ascontiguousarray(feeds[argument.name])
+            )
+            for argument in self.inputs
+        }
+        try:
+            outputs = self._session.run_with_ort_values(None, values)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in feeds.items())
+            raise InputError(
+                f"onnxruntime could not run the model on inputs {shapes}: {_first_line(error)}"
+            ) from error
+        return {name: _as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
+
+
+def check_feeds(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> None:
+    """Compare feeds with a session's declared inputs; raise `InputError` with the first difference."""
+    expected = {argument.name: argument for argument in inputs}
+    unknown = sorted(set(feeds) - set(expected))
+    missing = sorted(set(expected) - set(feeds))
+    if unknown or missing:
+        raise InputError(
+            f"inputs do not match the model: expected {sorted(expected)}, found {sorted(feeds)}"
+            + (f"; missing {missing}" if missing else "")
+            + (f"; unknown {unknown}" if unknown else "")
+        )
+    for name, argument in expected.items():
+        array = np.asarray(feeds[name])
+        dtype = _NUMPY_DTYPES.get(argument.type)
+        if dtype is not None and array.dtype != dtype:
+            raise InputError(
+                f"input {name!r}: expected dtype {dtype}, found {array.dtype}",
+                hint=f"convert it with .astype('{dtype}')",
+            )
+        if argument.shape is not None and len(argument.shape) != array.ndim:
+            raise InputError(f"input {name!r}: expected shape {argument.shape}, found {list(array.shape)}")
+        for axis, (want, have) in enumerate(zip(argument.shape or (), array.shape, strict=False)):
+            if isinstance(want, int) and want != have:
+                raise InputError(
+                    f"input {name!r}: expected {want} on axis {axis} of shape {argument.shape}, found {have}"
+                )
+
+
+_NUMPY_DTYPES = {
+    "tensor(float)": np.dtype("float32"),
+    "tensor(double)": np.dtype("float64"),
+    "tensor(float16)": np.dtype("float16"),
+    "tensor(bool)": np.dtype("bool"),
+    **{f"tensor({name})": np.dtype(name) for name in ("int8", "int16", "int32", "int64")},
+    **{f"tensor({name})": np.dtype(name) for name in ("uint8", "uint16", "uint32", "uint64")},
+}
+
+
+def _as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
+    tensor = torch.from_dlpack(value._get_c_value())
+    # DLPack as onnxruntime writes it has no boolean type and hands over the bytes.
+    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
+
+
+def _serialize_sharing_weights(model: ir.Model) -> tuple[bytes, dict[str, Array]]:
+    """The graph as bytes with placeholders for its large weights, and those weights by name."""
+    shell = clone(model)
+    weights: dict[str, Array] = {}
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _SMALL_TENSOR_BYTES or tensor.dtype.bitwidth < 8:
+            continue
+        if tensor.dtype not in _SHARABLE:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        weights[name] = array
+        value.const_value = ir.ExternalTensor(
+            _PLACEHOLDER_FILE, 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    return ir.serde.serialize_model(shell).SerializeToString(), weights
+
+
+# numpy's own types: onnxruntime takes their buffers as they are.
+_SHARABLE = frozenset(ir.DataType.from_numpy(dtype) for dtype in _NUMPY_DTYPES.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
