@@ -1,0 +1,41 @@
+"""Integer containers: which ONNX dtype holds integers of a given width, and tensors of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+_CONTAINERS = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+}
+
+
+def container(bits: int, *, signed: bool) -> ir.DataType:
+    """The dtype that holds ``bits``-wide integers: 4-bit containers for 2 to 4 bits, 8-bit for 5 to 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"integers of {bits} bits have no container: expected 2 to 8")
+    return _CONTAINERS[4 if bits <= 4 else 8, signed]
+
+
+def integer_tensor(values: npt.NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    """A tensor of ``values`` (any integer array in range) that takes one byte for two 4-bit integers."""
+    if dtype.bitwidth == 8:
+        return ir.Tensor(np.ascontiguousarray(values, dtype=dtype.numpy()), name=name)
+    nibbles = (np.asarray(values).astype(np.int8).view(np.uint8) & 0xF).reshape(-1)
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    return ir.PackedTensor(nibbles[0::2] | (nibbles[1::2] << 4), dtype, shape=values.shape, name=name)
+
+
+def integer_values(tensor: ir.TensorProtocol) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
+    """The integers of a tensor, one byte each: int8 for signed containers, uint8 for unsigned ones."""
+    values = tensor.numpy()
+    signed = values.dtype in (np.dtype(np.int8), np.dtype(ml_dtypes.int4))
+    return values.astype(np.int8) if signed else values.astype(np.uint8)
