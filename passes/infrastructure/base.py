@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from ...codegen.target import Target
 
 T = TypeVar("T")
 Feeds = Mapping[str, np.ndarray[Any, Any]]
+ProgressHook = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
 
 class Fact(enum.Enum):
@@ -103,6 +104,11 @@ class PassContext:
         calibration: further real inputs, streamed once; may be empty.
         rng: a generator seeded by the pipeline's seed and the pass's position.
         remarks: what the pass has said so far.
+
+    Args:
+        seed: seeds ``rng``; the driver gives the pipeline's seed and the pass's position.
+        on_progress: wraps the iterator of a `progress` loop to show how far it is; called with the iterator,
+            the number of items and the description.
     """
 
     def __init__(
@@ -111,13 +117,15 @@ class PassContext:
         target: Target,
         examples: Sequence[Feeds] = (),
         calibration: Iterable[Feeds] = (),
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        on_progress: ProgressHook | None = None,
     ) -> None:
         self.target = target
         self.examples = examples
         self.calibration = calibration
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
+        self._on_progress = on_progress
 
     def remark(self, subject: ir.Node | ir.Value | str, text: str) -> None:
         """Say something about a node or weight: why it was skipped, or what fell back."""
@@ -126,8 +134,8 @@ class PassContext:
 
     def progress(self, items: Sequence[T], description: str) -> Iterator[T]:
         """Iterate ``items`` and let the driver's instruments show how far the work is."""
-        del description
-        return iter(items)
+        iterator = iter(items)
+        return self._on_progress(iterator, len(items), description) if self._on_progress else iterator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,9 +147,23 @@ class Pass(abc.ABC):
     requires: ClassVar[frozenset[Fact]] = frozenset()
     establishes: ClassVar[frozenset[Fact]] = frozenset()
     destroys: ClassVar[frozenset[Fact]] = frozenset()
+    forbids: ClassVar[frozenset[Fact]] = frozenset()
+    """Facts that must not hold: a rotation forbids `Fact.QUANTIZED`."""
     tolerance: ClassVar[float] = 1e-4
     """Exact passes: the largest allowed ‖after − before‖∞ / ‖before‖∞ of any float32 output."""
 
     @abc.abstractmethod
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Rewrite ``model`` in place."""
+
+    def changed_options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, in order of definition."""
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            value = getattr(self, field.name)
+            if field.init and (default is dataclasses.MISSING or value != default):
+                changed[field.name] = value
+        return changed
