@@ -1,0 +1,276 @@
+"""What every rewrite of this family needs: reading constants, and replacing values and nodes safely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SMALL = 4096
+"""Elements of a constant that a rewrite may read to decide something; larger ones are weights."""
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether ``node`` is one of these ops of the standard ONNX domain."""
+    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that computes ``value`` if it is one of these standard ops, else ``None``."""
+    if value is None:
+        return None
+    node = value.producer()
+    return node if is_op(node, *op_types) else None
+
+
+def opset(model: ir.Model) -> int:
+    """The version of the standard domain that the model imports; 0 when it imports none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of a value that no caller can override, else ``None``.
+
+    An initializer that is also a graph input is only a default, so it is not constant.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer() or producer(value, "Constant") is not None:
+        return ir.convenience.get_const_tensor(value)
+    return None
+
+
+def constant(value: ir.Value | None, *, limit: int = SMALL) -> Array | None:
+    """The array of a constant of at most ``limit`` elements, else ``None``."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > limit:
+        return None
+    return tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number in a constant of exactly one element (of any rank), else ``None``."""
+    array = constant(value, limit=1)
+    return None if array is None or array.size != 1 else float(array.reshape(()))
+
+
+def integers(value: ir.Value | None) -> list[int] | None:
+    """The elements of a constant integer vector or scalar, else ``None``."""
+    array = constant(value, limit=64)
+    if array is None or array.dtype.kind not in "iu":
+        return None
+    return [int(element) for element in array.reshape(-1)]
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute, or what the op takes when it is absent."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.as_int())
+
+
+def number(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute, or what the op takes when it is absent."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.as_float())
+
+
+def dims(value: ir.Value | None) -> list[int | str | None] | None:
+    """The dimensions, each an int, a symbol's name or ``None``; ``None`` if the rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """How many dimensions a value has, if known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def same_shape(left: ir.Value, right: ir.Value) -> bool:
+    """Whether both shapes are known and provably equal: the same ints and the same symbols."""
+    a, b = dims(left), dims(right)
+    return a is not None and a == b and None not in a
+
+
+def broadcasts_into(small: ir.Value, large: ir.Value) -> bool:
+    """Whether an elementwise op of both provably has exactly the shape of ``large``."""
+    a, b = dims(small), dims(large)
+    if a is None or b is None or len(a) > len(b):
+        return False
+    return all(x == 1 or (x == y and x is not None) for x, y in zip(reversed(a), reversed(b), strict=False))
+
+
+def only_use(value: ir.Value) -> bool:
+    """Whether exactly one node reads the value and no graph returns it."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def alias(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """A second tensor with the same data, for a second initializer; nothing is copied."""
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=_shape(tensor), name=name)
+
+
+def transposed(tensor: ir.TensorProtocol, permutation: Sequence[int], name: str) -> ir.LazyTensor:
+    """A tensor that is transposed when it is read: a view of data in memory or in a mapped file."""
+    shape = ir.Shape([_shape(tensor)[axis] for axis in permutation])
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy().transpose(permutation), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape(tensor.shape.numpy())
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Register ``tensor``, owned by no other initializer, under ``name`` or the first free ``name_1``, …"""
+    value = ir.Value(
+        name=free_name(graph, name),
+        shape=_shape(tensor),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """``name``, or ``name_1``, ``name_2``, … if initializers of ``graph`` already have it."""
+    if name not in graph.initializers:
+        return name
+    suffix = 1
+    while f"{name}_{suffix}" in graph.initializers:
+        suffix += 1
+    return f"{name}_{suffix}"
+
+
+def can_replace(old: ir.Value, new: ir.Value) -> bool:
+    """Whether :func:`replace_value` may put ``new`` in the place of ``old``.
+
+    A graph output must be computed by a node of that graph and carry its own name, so it cannot become an
+    input, an initializer, another output, or a value of an outer graph.
+    """
+    if not old.is_graph_output():
+        return True
+    return (
+        new.producer() is not None
+        and not new.is_graph_output()
+        and new.graph is old.graph
+        and not _captured(new)
+    )
+
+
+def _captured(value: ir.Value) -> bool:
+    """Whether a subgraph reads the value; renaming it is then left alone."""
+    return any(use.node.graph is not value.graph for use in value.uses())
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be read wherever ``old`` was; a graph output keeps its name, type and position.
+
+    Call only where :func:`can_replace` holds.
+    """
+    if new.shape is None:
+        new.shape = old.shape
+    if new.type is None:
+        new.type = old.type
+    if old.is_graph_output():
+        name = old.name
+        new.metadata_props.update(old.metadata_props)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name = None
+        new.name = name
+    else:
+        old.replace_all_uses_with(new)
+
+
+def bypass(node: ir.Node, value: ir.Value) -> bool:
+    """Remove a node of one output whose result equals ``value``; False where a graph output forbids it."""
+    if not can_replace(node.outputs[0], value):
+        return False
+    replace_value(node.outputs[0], value)
+    remove(node)
+    return True
+
+
+def remove(node: ir.Node) -> None:
+    """Take a node whose outputs nobody reads any more out of its graph."""
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+def replace_node(
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    domain: str = "",
+) -> ir.Node:
+    """Put a new node in the place of ``node`` (of one output); name, metadata and output name are kept."""
+    new = ir.node(
+        op_type,
+        inputs,
+        attributes,
+        domain=domain,
+        name=node.name,
+        metadata_props=dict(node.metadata_props),
+    )
+    take_over(node, new)
+    return new
+
+
+def take_over(node: ir.Node, new: ir.Node) -> None:
+    """Insert ``new`` before ``node``, give the readers of ``node`` its first output, and remove ``node``."""
+    assert node.graph is not None
+    old_output, new_output = node.outputs[0], new.outputs[0]
+    node.graph.insert_before(node, new)
+    new_output.name = old_output.name
+    new_output.shape = old_output.shape
+    new_output.type = old_output.type
+    new_output.metadata_props.update(old_output.metadata_props)
+    old_output.replace_all_uses_with(new_output, replace_graph_outputs=True)
+    remove(node)
+
+
+def insert_before(
+    anchor: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    num_outputs: int = 1,
+) -> ir.Node:
+    """A new standard node right before ``anchor``, in its graph; outputs are named after ``name``."""
+    assert anchor.graph is not None
+    node = ir.node(op_type, inputs, attributes, num_outputs=num_outputs, name=name)
+    for index, output in enumerate(node.outputs):
+        output.name = name if index == 0 else f"{name}_{index}"
+    anchor.graph.insert_before(anchor, node)
+    return node
+
+
+def graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph and all subgraphs, outer ones first; function bodies are definitions and stay."""
+    return list(model.graphs())
+
+
+def merge(*counts: Mapping[str, int]) -> dict[str, int]:
+    """The sum of several statistics."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for key, n in count.items():
+            total[key] = total.get(key, 0) + n
+    return total
+
+
+def metadata_of(nodes: Iterable[ir.Node]) -> dict[str, str]:
+    """The metadata of the first of ``nodes`` that has any: a fused node stays traceable to its module."""
+    return next((dict(node.metadata_props) for node in nodes if node.metadata_props), {})
