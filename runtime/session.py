@@ -49,7 +49,7 @@ class Session:
             options.intra_op_num_threads = threads
         for key, value in bound.session_options.items():
             options.add_session_config_entry(key, value)
-        serialized, self._shared_weights = _serialize_sharing_weights(bound.model)
+        serialized, self._shared_weights = serialize_sharing_weights(bound.model)
         if self._shared_weights:
             options.add_external_initializers(
                 list(self._shared_weights),
@@ -141,7 +141,7 @@ def _as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
 
-def _serialize_sharing_weights(model: ir.Model) -> tuple[bytes, dict[str, Array]]:
+def serialize_sharing_weights(model: ir.Model) -> tuple[bytes, dict[str, Array]]:
     """The graph as bytes with placeholders for its large weights, and those weights by name."""
     shell = clone(model)
     weights: dict[str, Array] = {}

@@ -7,8 +7,8 @@ Text of a value, inside ``name{option=value,...}``::
 
 A word is read by the field's type: ``128``, ``1e-3``, ``true``, ``none``, ``W4A16``, ``re:.*down_proj``.
 Quoted text is always a string; inside quotes a backslash before a quote or a backslash is the only escape, so
-that regular expressions need no doubled backslashes. Supported types: ``int float bool str None Path``, enums,
-``Literal``, unions, ``tuple``, ``list``, ``frozenset``, and mappings of them.
+that regular expressions need no doubled backslashes. Supported types: ``int float bool str None Path``,
+enums, ``Literal``, unions, ``tuple``, ``list``, ``frozenset``, and mappings of them.
 """
 
 from __future__ import annotations

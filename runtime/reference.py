@@ -1,0 +1,92 @@
+"""Running a graph for its values: no graph optimisation, any intermediate tensor as an output.
+
+What checks and comparisons run. Speed does not matter here; that onnxruntime changes nothing does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ..ir import clone
+from ..ir.errors import InputError, TargetError
+from .session import check_feeds, serialize_sharing_weights
+
+Array = np.ndarray[Any, Any]
+
+
+class ReferenceSession:
+    """A graph as onnxruntime's CPU kernels run it node by node, without graph optimisation.
+
+    Args:
+        model: the graph; not changed. Functions (the ``planish`` domain) are inlined by onnxruntime.
+        outputs: names of the tensors to compute, intermediate ones of the main graph included; only what
+            they depend on is run. The graph's own outputs when absent.
+
+    Raises:
+        TargetError: onnxruntime rejects the graph.
+        InputError: the graph has no tensor of a name in ``outputs``.
+    """
+
+    def __init__(self, model: ir.Model, outputs: Sequence[str] | None = None) -> None:
+        if outputs is not None:
+            model = _with_outputs(model, outputs)
+        serialized, self._weights = serialize_sharing_weights(model)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self._weights:
+            options.add_external_initializers(
+                list(self._weights),
+                [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()],
+            )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                serialized, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise TargetError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        """Run once; arrays in, arrays out (a list of arrays for a sequence output), by name.
+
+        Raises:
+            InputError: an input is missing, unknown or of the wrong type, or onnxruntime fails on it.
+        """
+        check_feeds(self._session.get_inputs(), feeds)
+        try:
+            values = self._session.run(self._names, dict(feeds))
+        except Exception as error:
+            raise InputError(f"onnxruntime could not run the graph: {_first_line(error)}") from error
+        return dict(zip(self._names, values, strict=True))
+
+
+def run_model(
+    model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run a graph once, see `ReferenceSession`."""
+    return ReferenceSession(model, outputs).run(feeds)
+
+
+def _with_outputs(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
+    """A copy that computes ``outputs`` and nothing that they do not need."""
+    copy = clone(model)
+    graph = copy.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    values.update({value.name: value for value in (*graph.inputs, *graph.initializers.values())})
+    unknown = [name for name in outputs if name not in values]
+    if unknown:
+        raise InputError(f"the graph has no tensor {unknown[0]!r}")
+    graph.outputs[:] = [values[name] for name in outputs]
+    RemoveUnusedNodesPass()(copy)
+    return copy
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
