@@ -84,26 +84,47 @@ class Latency:
 
 
 def interleaved_latency(
-    runs: Mapping[str, Callable[[], object]], *, repeats: int = 20, warmup: int = 3, seed: int = 0
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    burst: int = 4,
+    seed: int = 0,
 ) -> dict[str, Latency]:
-    """Time several callables against each other, one call of each per round in a shuffled order.
+    """Time several callables against each other, in rounds of short bursts in a shuffled order.
 
     Interleaving makes drifts of the machine (frequency, other load) hit all alike, so that *ratios* of the
-    medians hold even where the milliseconds do not.
+    medians hold even where the milliseconds do not. Each burst begins after a pause and with one call that
+    is not counted: the worker threads of the session before spin for a while after its last call, and the
+    caches hold its weights.
+
+    Args:
+        runs: what to time, by name.
+        repeats: counted calls of each (rounded up to whole bursts).
+        warmup: uncounted calls of each before the first round.
+        burst: counted calls of one callable in a row.
+        seed: of the shuffled order.
     """
     order = list(runs)
     shuffle = np.random.default_rng(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(warmup):
-        for name in order:
+    for name in order:
+        for _ in range(warmup):
             runs[name]()
-    for _ in range(repeats):
+    for _ in range(-(-repeats // burst)):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            time.sleep(_SPIN_DOWN_SECONDS)
             runs[name]()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(burst):
+                start = time.perf_counter()
+                runs[name]()
+                times[name].append(time.perf_counter() - start)
     return {name: _latency(times[name]) for name in runs}
+
+
+# onnxruntime's and OpenMP's workers give up spinning well within this time.
+_SPIN_DOWN_SECONDS = 0.005
 
 
 def _latency(seconds: Sequence[float]) -> Latency:

@@ -1,0 +1,44 @@
+# Two commands for a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types layers benchmark clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/sentence_embeddings.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy finds the package by its name through a link, because the repository root is the package.
+types: $(VENV)/.dev
+	mkdir -p .typecheck && ln -sfn .. .typecheck/planish
+	MYPYPATH=.typecheck $(BIN)/mypy -p planish
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+benchmark: $(VENV)/.bench
+	$(BIN)/python benchmarks/sentence_embeddings.py
+	$(BIN)/python benchmarks/tracing.py
+	$(BIN)/python benchmarks/foreign_onnx.py
+	$(BIN)/python benchmarks/graph_speed.py
+	$(BIN)/python benchmarks/contract.py
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and pinned, so that nothing later may ask for another build of it.
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typecheck build *.egg-info
