@@ -108,8 +108,12 @@ class CompiledModel:
         """Write the bound model as one ONNX file (and ``path.data`` for weights over 2 GB, or on request).
 
         The files appear whole or not at all.
+
+        Returns:
+            The path of the ONNX file.
         """
-        return save(self.bound.model, path, external_data=external_data)
+        save(self.bound.model, path, external_data=external_data)
+        return Path(path)
 
     def benchmark(
         self, feeds: Mapping[str, Array], *, against: CompiledModel | None = None, repeats: int = 20
