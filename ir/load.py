@@ -1,0 +1,154 @@
+"""Reading ONNX models into the IR."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from .clone import clone
+from .errors import ModelError, VerificationError
+from .external import map_external_tensors
+from .opset import convert_opset, settle_ir_version
+from .verify import verify
+from .walk import all_graphs
+from .weights import check_finite, detach_from_protobuf
+
+REMARKS_KEY = "planish.remarks"
+"""Key of ``model.meta``: a tuple of sentences about what could not be done while loading."""
+
+_PROTOBUF_LIMIT = 2**31
+
+
+def load(
+    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, check_weights: bool = True
+) -> ir.Model:
+    """Read a model into the IR: opset 23, weights in external files mapped into memory and not read.
+
+    Models of opset 13 to 22 are converted. One that cannot be (it uses an op that opset 23 does not have)
+    stays at its opset with a remark in ``model.meta["planish.remarks"]``; newer models stay at theirs.
+    Subgraphs, model-local functions and ops of other domains are kept as they are.
+
+    Args:
+        source: the path of an ``.onnx`` file, a protobuf message (external data relative to the current
+            folder), or an IR model, which is copied and never changed.
+        check_weights: read every weight once to look for NaN and infinities.
+
+    Raises:
+        ModelError: the file cannot be read or is damaged, its weights are missing or not numbers, its graph
+            is malformed, or its opset is older than 13.
+    """
+    if isinstance(source, ir.Model):
+        model, name, folder = clone(source), _describe(source.graph.name), Path()
+    elif isinstance(source, onnx.ModelProto):
+        model, name, folder = (
+            _from_proto(source, _describe(source.graph.name)),
+            _describe(source.graph.name),
+            Path(),
+        )
+    elif isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        model, name, folder = _from_proto(_read(path), str(path)), str(path), path.parent
+    else:
+        raise ModelError(
+            f"cannot load a {type(source).__name__}",
+            hint="pass a path, an onnx.ModelProto or an onnx_ir.Model; a torch module goes to planish.trace",
+        )
+    map_external_tensors(model, folder=folder, source=name)
+    detach_from_protobuf(model, source=name)
+    _make_constant_inputs_constant(model)
+    _check_structure(model, name)
+    remark = convert_opset(model, source=name)
+    settle_ir_version(model)
+    if remark is not None:
+        model.meta[REMARKS_KEY] = (*model.meta.get(REMARKS_KEY, ()), remark)
+    if check_weights:
+        check_finite(model, source=name)
+    return model
+
+
+def _describe(graph_name: str | None) -> str:
+    return f"model '{graph_name}'" if graph_name else "the model"
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if path.is_dir():
+        found = ", ".join(sorted(child.name for child in path.glob("*.onnx"))[:3])
+        raise ModelError(
+            f"{path} is a folder, not an ONNX file",
+            hint=f"found in it: {found}" if found else "name the file",
+        )
+    try:
+        size = path.stat().st_size
+        proto = onnx.load(path, "protobuf", load_external_data=False)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist", hint="check the path") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+    except DecodeError as error:
+        raise ModelError(
+            f"{path} is not an ONNX model, or only a part of one", hint=_parse_hint(path)
+        ) from error
+    if not proto.HasField("graph") or not proto.ir_version:
+        what = "is empty" if size == 0 else "is not an ONNX model, or only a part of one"
+        raise ModelError(f"{path} {what}", hint=_parse_hint(path))
+    return proto
+
+
+def _parse_hint(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"PK\x03\x04"):
+        return "this is a torch checkpoint or a zip archive: load it and pass the module to planish.trace"
+    if start.startswith(b"version https://git"):
+        return "this is a Git LFS pointer: run `git lfs pull` to get the model itself"
+    if start[8:9] == b"{":
+        return "this looks like a safetensors file, which holds weights and no graph"
+    if path.stat().st_size >= _PROTOBUF_LIMIT:
+        return "ONNX files of 2 GB and more need external data: export the model with it"
+    return "copy or download the file again"
+
+
+def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
+    if len(proto.graph.sparse_initializer):
+        raise ModelError(f"{name}: sparse initializers are not supported", hint="store the weights densely")
+    seen: set[str] = set()
+    for tensor in proto.graph.initializer:
+        if tensor.name in seen:
+            raise ModelError(
+                f"{name}: two initializers are called '{tensor.name}'", hint="export the model again"
+            )
+        seen.add(tensor.name)
+    try:
+        return ir.serde.deserialize_model(proto)
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
+        cause = error.__cause__ or error
+        raise ModelError(
+            f"{name}: malformed ONNX: {cause}", hint="check it with onnx.checker.check_model"
+        ) from error
+
+
+def _make_constant_inputs_constant(model: ir.Model) -> None:
+    """Before version 4 of the file format, every initializer was listed as an input too, and was constant."""
+    if model.ir_version >= 4:
+        return
+    for graph in all_graphs(model):
+        kept = [value for value in graph.inputs if value.name not in graph.initializers]
+        graph.inputs.clear()
+        graph.inputs.extend(kept)
+    model.ir_version = 4
+
+
+def _check_structure(model: ir.Model, name: str) -> None:
+    if not len(model.graph) and not model.graph.outputs:
+        raise ModelError(f"{name}: the graph is empty", hint="export the model again")
+    try:
+        verify(model)
+    except VerificationError as error:
+        broken = ModelError(f"{name}: {error.message}", hint="check it with onnx.checker.check_model")
+        for note in getattr(error, "__notes__", ()):
+            broken.add_note(note)
+        raise broken from None

@@ -1,0 +1,68 @@
+"""Types and shapes of every value, with symbolic dimensions kept symbolic.
+
+Built on the onnx-shape-inference package, which knows the contrib ops and model-local functions. It stops at
+the first node that it cannot handle; here that node's outputs stay as they are and the rest is inferred.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_shape_inference
+from onnx_shape_inference import OpUsageError, ShapeInferenceError
+
+from .walk import all_nodes, all_values
+
+_PASSED_OVER = "planish.passed_over"
+"""The domain that nodes are moved to while they are passed over: no op is registered for it."""
+_MOST_FAILURES = 16
+"""Nodes to pass over one by one; after them, all nodes of an op that fails."""
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer the types and shapes of all values of ``model``, in place.
+
+    What is known already stays: an inferred dimension only replaces an unknown one or a symbol, and an
+    inference that contradicts what the model declares is dropped. Nodes of unknown ops, and malformed nodes,
+    leave their outputs as they are.
+    """
+    domains: dict[ir.Node, str] = {}  # of the nodes that are passed over
+    try:
+        while not _try_to_infer(model, domains):
+            pass
+    finally:
+        for node, domain in domains.items():
+            node.domain = domain
+    for value in all_values(model):
+        value.metadata_props.pop(onnx_shape_inference.SYM_DATA_KEY, None)
+
+
+def _try_to_infer(model: ir.Model, domains: dict[ir.Node, str]) -> bool:
+    """Infer; True when it is done. When a node stops the inference, add that node to those passed over."""
+    try:
+        onnx_shape_inference.infer_symbolic_shapes(model, warn_on_missing=False)
+    except (OpUsageError, ShapeInferenceError) as error:
+        failed = _failed_nodes(model, error, every_alike=len(domains) >= _MOST_FAILURES)
+        for node in failed:
+            domains[node] = node.domain
+            node.domain = _PASSED_OVER
+        return not failed
+    return True
+
+
+def _failed_nodes(
+    model: ir.Model, error: OpUsageError | ShapeInferenceError, *, every_alike: bool
+) -> list[ir.Node]:
+    if isinstance(error, OpUsageError):
+        name, op = error.node.name, (error.node.domain, error.node.op_type)
+    else:
+        name, op = error.node_name, (error.domain, error.op_type)
+    alike = [node for node in all_nodes(model) if (node.domain, node.op_type) == op]
+    failed = [node for node in alike if every_alike or node.name == name]
+    if failed or not alike:
+        # A node that is not in the model was made from the body of a standard op that has no rule of its own.
+        return failed or [node for node in all_nodes(model) if _is_inferred_through_body(node)]
+    return alike
+
+
+def _is_inferred_through_body(node: ir.Node) -> bool:
+    return node.domain != _PASSED_OVER and not onnx_shape_inference.registry.has(node.domain, node.op_type)

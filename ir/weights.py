@@ -1,0 +1,86 @@
+"""Checks of the weights' data that reading the graph alone does not make."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .errors import ModelError
+from .external import array_tensor, release
+from .walk import all_graphs, replace_tensors
+
+_CHUNK = 1 << 22
+"""Elements tested at a time, so that the test of a large weight needs little memory."""
+
+_WEIGHT_READERS = frozenset(
+    {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "Einsum", "LSTM", "GRU", "RNN"}
+    | {"LayerNormalization", "RMSNormalization", "BatchNormalization", "GroupNormalization"}
+)
+"""Ops whose constant operands are weights. Elsewhere an infinity is ordinary: masks and Clip hold them."""
+
+
+def detach_from_protobuf(model: ir.Model, *, source: str) -> None:
+    """Replace every tensor that reads a protobuf message by an array of its own, in place.
+
+    A tensor of a message copies its bytes whenever it is read, keeps the whole message alive, and writes its
+    new name into the caller's message when it is renamed.
+
+    Raises:
+        ModelError: names the first weight whose data does not fit its shape and dtype.
+    """
+    replace_tensors(
+        model,
+        lambda tensor: _own_tensor(tensor, source) if isinstance(tensor, ir.TensorProtoTensor) else tensor,
+    )
+
+
+def _own_tensor(tensor: ir.TensorProtoTensor, source: str) -> ir.TensorProtocol:
+    data = tensor.tobytes()
+    if len(data) != tensor.nbytes:
+        raise ModelError(
+            f"{source}: weight '{tensor.name}' ({tensor.dtype.name}{list(tensor.shape)}) needs "
+            f"{tensor.nbytes} bytes, found {len(data)}",
+            hint="the file is damaged: export the model again",
+        )
+    return array_tensor(np.frombuffer(data, np.uint8), tensor)
+
+
+def check_finite(model: ir.Model, *, source: str) -> None:
+    """Check that no weight holds NaN, and that no weight of a linear, norm or embedding holds an infinity.
+
+    Reads each weight once and releases it again. Scalars are left out: they are constants of the program.
+
+    Raises:
+        ModelError: names the first such weight, what it holds and where.
+    """
+    for graph in all_graphs(model):
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+                continue
+            bad = _first_not_finite(np.asarray(tensor.numpy()), allow_infinity=not _is_weight(value))
+            release(tensor)
+            if bad is not None:
+                index, found = bad
+                where = [int(i) for i in np.unravel_index(index, tensor.shape.numpy())]
+                raise ModelError(
+                    f"{source}: weight '{name}' holds {found} at index {where}",
+                    hint="the checkpoint is broken, or overflowed in a conversion to a smaller float type",
+                )
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return any(use.node.op_type in _WEIGHT_READERS for use in value.uses())
+
+
+def _first_not_finite(
+    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], *, allow_infinity: bool
+) -> tuple[int, float] | None:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        bad = np.isnan(chunk) if allow_infinity else ~np.isfinite(chunk)
+        if bad.any():
+            index = int(np.argmax(bad))
+            return start + index, float(chunk[index])
+    return None
