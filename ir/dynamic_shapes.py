@@ -29,7 +29,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 @dataclasses.dataclass(frozen=True)
 class DynamicDim:
-    """One dimension to leave open: its label, what torch.export is told, and whether the user asked for it."""
+    """One dimension to leave open: its label, what torch.export is told, whether the user asked for it."""
 
     label: str
     torch_dim: Any
@@ -41,11 +41,11 @@ DynamicDims = Mapping[str, Mapping[int, DynamicDim]]
 
 
 def default_dims(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[int, DynamicDim]]:
-    """Leave open what users expect: dimension 0 as the batch, dimension 1 of integers and masks as the sequence.
+    """Leave open what users expect: dimension 0 is the batch, dimension 1 of integers and masks the sequence.
 
     Dimensions of the same kind share a label if the examples have the same size there. Another size gets a
-    label of its own (``decoder_input_ids_sequence_length``), and a size of 1 beside larger ones is a dimension
-    that broadcasts and stays static. Sizes that may differ between inputs must therefore differ in the examples.
+    label of its own (``decoder_input_ids_sequence_length``), and a size of 1 beside larger ones broadcasts
+    and stays static. Sizes that may differ between inputs must therefore differ in the examples.
     """
     kinds = {name: _kinds(tensor) for name, tensor in tensors.items()}
     sizes = {
@@ -94,7 +94,7 @@ def requested_dims(
 
 
 def enlarge(tensors: Mapping[str, torch.Tensor], dims: DynamicDims) -> dict[str, torch.Tensor]:
-    """Repeat the examples along dynamic dimensions of size 0 or 1 until torch.export takes them as dynamic."""
+    """Repeat the examples along dynamic dimensions of size 0 or 1, which torch.export would fix."""
     small = {
         dim.label: 0
         for name, axes in dims.items()
@@ -145,7 +145,7 @@ def check_specialised(dims: DynamicDims, shapes: Mapping[str, Sequence[Any]]) ->
             if dim.required:
                 raise TraceError(
                     sentence,
-                    hint="leave it out of dynamic_shapes, or change the code that compares or converts this size",
+                    hint="leave it out of dynamic_shapes, or change the code that depends on this size",
                 )
             remarks.append(sentence)
     return tuple(remarks)

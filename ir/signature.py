@@ -117,9 +117,10 @@ class Signature:
                     f"input {path_name(path)!r} was not a tensor input when the model was traced",
                     hint="trace the model again with this input among the example inputs",
                 )
-            if leaf is not None and traced.get(path) != leaf:
+            expected = traced.get(path)
+            if leaf is not None and expected != leaf:
                 raise InputError(
-                    f"argument {path_name(path)!r} is {leaf!r}, the model was traced with {traced.get(path)!r}",
+                    f"argument {path_name(path)!r} is {leaf!r}, the model was traced with {expected!r}",
                     hint="options are fixed by the trace: trace the model again with the value that you need",
                 )
 

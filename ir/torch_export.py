@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import onnx_ir.passes.common as onnx_ir_passes
@@ -193,8 +193,9 @@ def export(
             place = _place_in_stack(error, module)
             raise TraceError(f"{error.message}{place}", hint=error.hint) from error
         except Exception as error:
+            place = _place_in_stack(error, module)
             raise TraceError(
-                f"{type(module).__name__} cannot be traced{_place_in_stack(error, module)}: {_summary(error)}",
+                f"{type(module).__name__} cannot be traced{place}: {_summary(error)}",
                 hint=_hint(error),
             ) from error
     return program
@@ -219,6 +220,7 @@ def convert(program: torch.export.ExportedProgram, *, opset: int, title: str) ->
                 hint="replace this operation in the module by one that ONNX has",
             ) from error
     assert converted is not None
+    assert converted.exported_program is not None
     _check_stateless(converted.exported_program, title)
     model = converted.model
     if model.functions:
@@ -247,10 +249,11 @@ def tidy(
     _merge_tied(model, parameters)
     _separate_outputs(model)
     _name_values(model, input_names, output_names)
-    for holder in (model.graph, *model.graph.all_nodes()):
-        for key in _METADATA_OF_TORCH:
-            holder.metadata_props.pop(key, None)
+    for key in _METADATA_OF_TORCH:
+        model.graph.metadata_props.pop(key, None)
     for node in model.graph.all_nodes():
+        for key in _METADATA_OF_TORCH:
+            node.metadata_props.pop(key, None)
         _strip_scopes(node)
 
 
@@ -283,7 +286,7 @@ def _describe(result: Any) -> tuple[Outputs, tuple[torch.Tensor, ...]]:
     for position, (path, leaf) in enumerate(paths):
         if isinstance(leaf, torch.SymInt):
             scalars.append(position)
-            leaf = torch.scalar_tensor(leaf, dtype=torch.int64)
+            leaf = torch.scalar_tensor(cast(int, leaf), dtype=torch.int64)
         if isinstance(leaf, torch.Tensor):
             names.append(output_name(path))
             leaves.append(leaf)
@@ -291,7 +294,7 @@ def _describe(result: Any) -> tuple[Outputs, tuple[torch.Tensor, ...]]:
             constants.append((position, leaf))
         else:
             raise TraceError(
-                f"the module returns a {type(leaf).__name__} in {path_name(path)!r}, which no graph can return",
+                f"the module returns a {type(leaf).__name__} in {path_name(path)!r}, not a tensor",
                 hint="return tensors, or nest them in tuples, lists, dicts and ModelOutputs",
             )
     if not leaves:
@@ -320,6 +323,7 @@ def _merge_tied(model: ir.Model, parameters: Mapping[str, torch.Tensor]) -> None
             continue
         kept = present[0]
         for value in present[1:]:
+            assert value.name is not None
             value.replace_all_uses_with(kept, replace_graph_outputs=True)
             initializers.pop(value.name)
         kept.name = first
@@ -327,7 +331,7 @@ def _merge_tied(model: ir.Model, parameters: Mapping[str, torch.Tensor]) -> None
 
 
 def _separate_outputs(model: ir.Model) -> None:
-    """Put an Identity where an output is an input, a weight or another output, so that each has its own name."""
+    """Put an Identity where an output is an input, a weight or another output: each needs its own name."""
     seen: set[int] = set()
     for position, value in enumerate(list(model.graph.outputs)):
         if value.is_graph_input() or value.is_initializer() or id(value) in seen:
@@ -392,7 +396,7 @@ def _without_prefix(name: str) -> str:
 
 
 def _place_in_stack(error: BaseException, module: torch.nn.Module) -> str:
-    """Find where in the module an exception comes from: the innermost submodule and the innermost line outside torch."""
+    """Find where an exception comes from: the innermost submodule, and the innermost line outside torch."""
     names = {id(submodule): name for name, submodule in module.named_modules()}
     places = [_place(chained.__traceback__, names) for chained in _chain(error)]
     found = [place for place in places if place]

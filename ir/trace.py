@@ -52,14 +52,14 @@ def trace(
 ) -> ir.Model:
     """Trace a torch module into an ONNX graph that keeps its names and can be called like it.
 
-    The module is traced in evaluation mode and left as it was. Weights are shared with the module, not copied.
+    The module is traced in evaluation mode and left as it was. Weights are shared with it, not copied.
 
     Args:
         module: the module, or a finished ``torch.export.ExportedProgram``.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the module
-            is called; tensors may sit in nested tuples, lists and dicts. None for an ``ExportedProgram``, and
-            for a causal language model of transformers, which is then traced with its key-value cache
-            (see `trace_causal_lm`).
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the
+            module is called; tensors may sit in nested tuples, lists and dicts. None for an
+            ``ExportedProgram``, and for a causal language model of transformers, which is then traced with
+            its key-value cache (see `trace_causal_lm`).
         dynamic_shapes: which dimensions stay dynamic.
 
             - None or ``"auto"``: dimension 0 of every tensor (``batch_size``) and dimension 1 of integer and
@@ -67,9 +67,9 @@ def trace(
               examples. A dimension that the model's code fixes stays static, with a remark in
               ``model.meta["planish.remarks"]``.
             - A dict by argument name, or a tuple in the order of the arguments, nested like them. A tensor's
-              entry is ``{axis: name}``, one name per axis, ``"auto"``, or None for a static shape; a name is a
-              string or a ``torch.export.Dim``. One name means one size. A dimension asked for in this way that
-              the model's code fixes is an error. ``{}`` traces at fixed shapes.
+              entry is ``{axis: name}``, one name per axis, ``"auto"``, or None for a static shape; a name is
+              a string or a ``torch.export.Dim``. One name means one size. A dimension asked for in this way
+              that the model's code fixes is an error. ``{}`` traces at fixed shapes.
         opset: the ONNX opset of the graph.
 
     Returns:
@@ -138,6 +138,8 @@ def _trace_module(module: torch.nn.Module, example_inputs: Any, dynamic_shapes: 
 
 def _bind_examples(module: torch.nn.Module, example_inputs: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Give all arguments of the example call by name, and remarks on arguments that were added."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
