@@ -102,13 +102,10 @@ class PassContext:
         target: where the model will run; answers what its kernels can do and cost.
         examples: real inputs, each a mapping from graph-input name to array; may be empty.
         calibration: further real inputs, streamed once; may be empty.
-        rng: a generator seeded by the pipeline's seed and the pass's position.
+        rng: a generator seeded by the pipeline's seed, the pass's name, and how often it ran before.
         remarks: what the pass has said so far.
-
-    Args:
-        seed: seeds ``rng``; the driver gives the pipeline's seed and the pass's position.
-        on_progress: wraps the iterator of a `progress` loop to show how far it is; called with the iterator,
-            the number of items and the description.
+        on_progress: set by the driver; wraps the iterator of a `progress` loop to show how far it is, given
+            the iterator, the number of items and the description.
     """
 
     def __init__(
@@ -118,14 +115,13 @@ class PassContext:
         examples: Sequence[Feeds] = (),
         calibration: Iterable[Feeds] = (),
         seed: int | Sequence[int] = 0,
-        on_progress: ProgressHook | None = None,
     ) -> None:
         self.target = target
         self.examples = examples
         self.calibration = calibration
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
-        self._on_progress = on_progress
+        self.on_progress: ProgressHook | None = None
 
     def remark(self, subject: ir.Node | ir.Value | str, text: str) -> None:
         """Say something about a node or weight: why it was skipped, or what fell back."""
@@ -135,7 +131,7 @@ class PassContext:
     def progress(self, items: Sequence[T], description: str) -> Iterator[T]:
         """Iterate ``items`` and let the driver's instruments show how far the work is."""
         iterator = iter(items)
-        return self._on_progress(iterator, len(items), description) if self._on_progress else iterator
+        return self.on_progress(iterator, len(items), description) if self.on_progress else iterator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,18 +11,28 @@ from . import registry
 from .base import Fact, Pass
 from .options import format_pass
 
-_META_KEY = "planish.facts"
+_KEY = "planish.facts"
 
 
 def facts_of(model: ir.Model) -> frozenset[Fact]:
-    """The facts that passes have established of this model so far."""
-    facts: frozenset[Fact] = model.meta.get(_META_KEY, frozenset())
-    return facts
+    """The facts that passes have established of this model so far, or that `write_facts` left in its file."""
+    if _KEY in model.meta:
+        facts: frozenset[Fact] = model.meta[_KEY]
+        return facts
+    return frozenset(Fact(word) for word in model.metadata_props.get(_KEY, "").split())
 
 
 def set_facts(model: ir.Model, facts: Iterable[Fact]) -> None:
-    """Record what holds of this model (in `model.meta`, which files do not keep)."""
-    model.meta[_META_KEY] = frozenset(facts)
+    """Record what holds of this model, in `model.meta`: files do not keep it."""
+    model.meta[_KEY] = frozenset(facts)
+
+
+def write_facts(model: ir.Model, facts: Iterable[Fact]) -> None:
+    """Record what holds of this model so that its file keeps it, for a graph saved between two passes.
+
+    Not for graphs that were bound to a target: binding takes the canonical form away.
+    """
+    model.metadata_props[_KEY] = " ".join(sorted(fact.value for fact in facts))
 
 
 def facts_after(pass_: Pass, facts: frozenset[Fact]) -> frozenset[Fact]:

@@ -318,8 +318,8 @@ def _convert_collection(value: object, origin: type, arguments: tuple[Any, ...])
         if len(items) != len(arguments):
             raise MismatchError
         return tuple(convert(item, member) for item, member in zip(items, arguments, strict=True))
-    build: type = {list: list, frozenset: frozenset, set: set}.get(origin, tuple)
-    return build(convert(item, arguments[0]) for item in items)
+    converted = [convert(item, arguments[0]) for item in items]
+    return origin(converted) if origin in (list, frozenset, set) else tuple(converted)
 
 
 def _convert_mapping(value: object, arguments: tuple[Any, ...]) -> dict[Any, Any]:

@@ -1,0 +1,151 @@
+"""Does every pass keep its contract? Checked by running the model before and after it on real inputs.
+
+Exact passes: every output must agree, ``‖after − before‖∞ ≤ tolerance · ‖before‖∞``, for a tolerance that the
+pass states. Where one does not, the error names the pass, the output, and the first tensor that differs with
+its layer. Approximate passes: the error they caused is measured and goes into the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ....ir.errors import ContractError
+from ....runtime.example_inputs import example_inputs
+from ....runtime.localize import TensorDifference, first_difference, relative_error
+from ....runtime.measure import difference
+from ....runtime.reference import run_model
+from ..base import Contract, Feeds, Pass, PassResult
+from .base import Instrument, Invocation
+
+Outputs = Mapping[str, Any]
+
+# Sums of a few thousand terms, taken in another order, lose a few of the last bits.
+_EPSILONS_ALLOWED = 16
+
+
+class ContractBrokenError(ContractError):
+    """A pass broke its contract.
+
+    Attributes:
+        pass_name: the pass.
+        output: the first graph output that is wrong.
+        error: its `relative_error`.
+        first: the first tensor that differs, and its layer; None if all tensors that both graphs have agree.
+    """
+
+    def __init__(
+        self, message: str, *, pass_name: str, output: str, error: float, first: TensorDifference | None
+    ) -> None:
+        super().__init__(message, hint="`planish diff` shows what the pass changed")
+        self.pass_name = pass_name
+        self.output = output
+        self.error = error
+        self.first = first
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputDifference:
+    """The first output of an exact pass that is further from its reference than allowed."""
+
+    name: str
+    error: float
+    detail: str
+
+
+class ContractCheck(Instrument):
+    """Runs the model after every pass and compares with before.
+
+    Args:
+        examples: inputs to run on, each by graph-input name; made up from the graph's declarations if empty.
+    """
+
+    wants_copy: ClassVar[bool] = True
+
+    def __init__(self, examples: Sequence[Feeds] = ()) -> None:
+        self._examples = tuple(examples)
+        self._outputs: Sequence[Outputs] = ()
+        self._model: ir.Model | None = None
+
+    def before(self, invocation: Invocation, model: ir.Model) -> None:
+        """Run the model as it comes, unless these are the outputs of the pass before."""
+        del invocation
+        if not self._examples:
+            self._examples = (example_inputs(model),)
+        if self._model is not model:
+            self._model = model
+            self._outputs = [run_model(model, feeds) for feeds in self._examples]
+
+    def after(self, invocation: Invocation, model: ir.Model, result: PassResult) -> None:
+        """Run the model again, then judge or measure.
+
+        Raises:
+            ContractBrokenError: an exact pass changed an output by more than its tolerance.
+        """
+        del result
+        pass_ = invocation.pass_
+        outputs = [run_model(model, feeds) for feeds in self._examples]
+        if pass_.contract is Contract.EXACT:
+            for feeds, before, after in zip(self._examples, self._outputs, outputs, strict=True):
+                broken = broken_output(after, before, pass_.tolerance)
+                if broken is not None:
+                    assert invocation.before is not None
+                    raise _violation(pass_, broken, invocation.before, model, feeds)
+        _record_errors(invocation, self._outputs, outputs)
+        self._outputs = outputs
+
+    def failed(self, invocation: Invocation, model: ir.Model, error: Exception) -> None:
+        """Forget the outputs: the model may be half rewritten."""
+        del invocation, model, error
+        self._model = None
+
+
+def broken_output(after: Outputs, before: Outputs, tolerance: float) -> OutputDifference | None:
+    """The first output that is missing or further from its reference than ``tolerance``, if any."""
+    for name, reference in before.items():
+        if name not in after:
+            return OutputDifference(name, float("inf"), "in that it is no longer an output")
+        error, detail = relative_error(after[name], reference)
+        if error > max(tolerance, _rounding(reference)):
+            return OutputDifference(name, error, detail)
+    return None
+
+
+def _rounding(reference: Any) -> float:
+    """What reordering alone may cost in types narrower than float32; 0 for all others."""
+    dtype = getattr(reference, "dtype", np.dtype(object))
+    if dtype != np.float16:
+        return 0.0
+    return _EPSILONS_ALLOWED * float(np.finfo(np.float16).eps)
+
+
+def _violation(
+    pass_: Pass, broken: OutputDifference, before: ir.Model, after: ir.Model, feeds: Feeds
+) -> ContractBrokenError:
+    first = first_difference(before, after, feeds, tolerance=pass_.tolerance, outputs=[broken.name])
+    where = f"first difference: {first}" if first else "no tensor that both graphs have differs before it"
+    return ContractBrokenError(
+        f"pass {pass_.name!r} broke its contract (exact to {pass_.tolerance:g}): "
+        f"output {broken.name!r} differs {broken.detail}; {where}",
+        pass_name=pass_.name,
+        output=broken.name,
+        error=broken.error,
+        first=first,
+    )
+
+
+def _record_errors(invocation: Invocation, before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
+    """Leave the worst difference over all examples of every floating-point output."""
+    for reference, found in zip(before, after, strict=True):
+        for name in reference.keys() & found.keys():
+            old, new = reference[name], found[name]
+            if getattr(old, "shape", None) != getattr(new, "shape", ()) or old.dtype.kind != "f":
+                continue
+            measured = difference(new, old, logits="logits" in name)
+            worst = invocation.errors.get(name)
+            if worst is None or measured.max_relative > worst.max_relative:
+                invocation.errors[name] = measured

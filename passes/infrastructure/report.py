@@ -1,0 +1,180 @@
+"""What a pipeline did: one row for each pass, for people as a table and for programs as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ...ir.printer import format_bytes
+from ...runtime.measure import Difference
+from .base import Coverage, Remark
+from .options import plain_value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What one pass did and cost.
+
+    Attributes:
+        name: the pass.
+        options: its options that differ from their defaults.
+        modified: whether it changed the model.
+        coverage: what it covered of what it looked at, if it counts.
+        statistics: rewrites by rule name.
+        remarks: what it said about nodes and weights.
+        seconds: wall time of the pass alone, without instruments.
+        peak_memory_growth: by how many bytes it raised the process's peak memory; None where not known.
+        nodes_before: nodes of the graph and its subgraphs.
+        nodes_after: the same after the pass.
+        weight_bytes_before: size of all weights, in bytes, packed types as they are packed.
+        weight_bytes_after: the same after the pass.
+        errors: by output, how far the outputs are from those before the pass; empty without a contract check.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    modified: bool
+    coverage: Coverage | None
+    statistics: Mapping[str, int]
+    remarks: tuple[Remark, ...]
+    seconds: float
+    peak_memory_growth: int | None
+    nodes_before: int
+    nodes_after: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    errors: Mapping[str, Difference]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form; numbers that JSON lacks (infinities) become null."""
+        data = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("coverage", "remarks", "errors", "options", "statistics")
+        }
+        data["options"] = {name: plain_value(value) for name, value in self.options.items()}
+        data["statistics"] = {name: count for name, count in self.statistics.items() if count}
+        data["coverage"] = _coverage_dict(self.coverage)
+        data["remarks"] = [dataclasses.asdict(remark) for remark in self.remarks]
+        data["errors"] = {name: _finite(dataclasses.asdict(error)) for name, error in self.errors.items()}
+        return data
+
+    @property
+    def worst_error(self) -> Difference | None:
+        """The error of the output that is furthest from before, if it was measured."""
+        return max(self.errors.values(), key=lambda error: error.max_relative, default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineReport:
+    """What a pipeline did: its passes in the order in which they ran.
+
+    Attributes:
+        pipeline: text form of the pipeline that was asked for.
+        target: name of the target.
+        seed: what seeded the passes.
+        passes: one report for each pass that ran.
+        peak_memory: the most memory that the process had held by the end, in bytes; None where not known.
+    """
+
+    pipeline: str
+    target: str
+    seed: int
+    passes: tuple[PassReport, ...]
+    peak_memory: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all passes together."""
+        return sum(report.seconds for report in self.passes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return {
+            "pipeline": self.pipeline,
+            "target": self.target,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "passes": [report.as_dict() for report in self.passes],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def table(self) -> Table:
+        """The report as a rich table: one row for each pass."""
+        rows = [_row(report) for report in self.passes]
+        filled = [column for column in range(len(_HEADINGS)) if any(row[column] for row in rows)]
+        table = Table(title=f"Pipeline for {self.target}", title_justify="left", box=box.SIMPLE)
+        for column in filled:
+            is_text = column < 2
+            table.add_column(
+                _HEADINGS[column],
+                justify="left" if is_text else "right",
+                no_wrap=not is_text,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(row[column] for column in filled))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+
+# Columns that are empty in every row are left out: memory where no pass raised the peak, errors where no
+# contract was checked.
+_HEADINGS = ("pass", "did", "nodes", "weights", "seconds", "memory", "error", "cosine")
+
+
+def _row(report: PassReport) -> tuple[str, ...]:
+    growth, worst = report.peak_memory_growth, report.worst_error
+    return (
+        report.name,
+        _summary(report),
+        _change(str(report.nodes_before), str(report.nodes_after)),
+        _change(format_bytes(report.weight_bytes_before), format_bytes(report.weight_bytes_after)),
+        f"{report.seconds:.2f}",
+        f"+{format_bytes(growth)}" if growth else "",
+        "" if worst is None else f"{worst.max_relative:.1e}",
+        "" if worst is None else f"{worst.cosine_min:.5f}",
+    )
+
+
+def _summary(report: PassReport) -> str:
+    if report.coverage is not None:
+        return str(report.coverage)
+    rewrites = sum(report.statistics.values())
+    if rewrites:
+        return f"{rewrites} rewrites"
+    return "changed the model" if report.modified else "nothing to do"
+
+
+def _change(before: str, after: str) -> str:
+    return before if before == after else f"{before} → {after}"
+
+
+def _coverage_dict(coverage: Coverage | None) -> dict[str, Any] | None:
+    if coverage is None:
+        return None
+    return {
+        "unit": coverage.unit,
+        "covered": coverage.covered,
+        "total": coverage.total,
+        "skipped": [dataclasses.asdict(skip) for skip in coverage.skipped],
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }

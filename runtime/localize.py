@@ -1,0 +1,201 @@
+"""Where two graphs that should compute the same begin to differ.
+
+Passes keep the names of the tensors that they keep. So the tensors that have the same name before and after
+a pass can be computed in both graphs and compared; the first one, in the order of execution, that differs
+lies at or right behind the rewrite that broke it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..ir.printer import module_scope
+from .measure import difference
+from .reference import run_model
+
+Array = np.ndarray[Any, Any]
+
+# Tensors fetched in one run: bounds memory (each is an output that stays) against the cost of a session.
+_CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorDifference:
+    """The first tensor that differs.
+
+    Attributes:
+        tensor: its name, the same in both graphs.
+        error: see `relative_error`; infinite where shape, dtype or the places of NaN differ.
+        detail: what differs, in words: ``by 0.5 relative`` or ``shape [2, 3] instead of [2, 4]``.
+        node: name of the node that computes it now.
+        op: that node's op.
+        layer: the layer it belongs to: the torch module if known, else the owner of the node's weights.
+        changed_weights: initializers that the node reads whose values are not the same in both graphs.
+    """
+
+    tensor: str
+    error: float
+    detail: str
+    node: str
+    op: str
+    layer: str
+    changed_weights: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        layer = f"layer {self.layer!r}, " if self.layer else ""
+        weights = f"; weight {self.changed_weights[0]!r} has changed" if self.changed_weights else ""
+        return f"tensor {self.tensor!r} ({layer}{self.op} node {self.node!r}) differs {self.detail}{weights}"
+
+
+def relative_error(value: Any, reference: Any) -> tuple[float, str]:
+    """‖value − reference‖∞ / ‖reference‖∞ in float64, and the difference in words.
+
+    Against an all-zero reference the error is absolute. NaN and infinities must stand in the same places;
+    what is not floating point must be equal: otherwise, and for another shape or dtype, it is infinite.
+    """
+    if not (isinstance(value, np.ndarray) and isinstance(reference, np.ndarray)):
+        value, reference = np.asarray(value, object), np.asarray(reference, object)
+    if value.shape != reference.shape:
+        return float("inf"), f"in shape: {list(value.shape)} instead of {list(reference.shape)}"
+    if value.dtype != reference.dtype:
+        return float("inf"), f"in dtype: {value.dtype} instead of {reference.dtype}"
+    if not _is_floating(reference.dtype):
+        count = int(np.sum(value != reference))
+        return (float("inf"), f"in {count} of {value.size} elements") if count else (0.0, "not at all")
+    value, reference = value.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(reference)
+    if not np.array_equal(value[~finite], reference[~finite], equal_nan=True):
+        return float("inf"), "in the places of NaN or infinity"
+    if not np.isfinite(value[finite]).all():
+        return float(
+            "inf"
+        ), f"in {int((~np.isfinite(value[finite])).sum())} elements that are no longer finite"
+    measured = difference(value[finite], reference[finite])
+    error = measured.max_absolute if not reference[finite].any() else measured.max_relative
+    return error, f"by {error:.2g} relative to its largest value"
+
+
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    # ml_dtypes' types (bfloat16, float8) have kind 'V' and convert to float64.
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.names is None)
+
+
+def first_difference(
+    before: ir.Model,
+    after: ir.Model,
+    feeds: Mapping[str, Array],
+    *,
+    tolerance: float,
+    outputs: Sequence[str] | None = None,
+) -> TensorDifference | None:
+    """The first tensor, in the order of execution, that two graphs compute differently.
+
+    Args:
+        before: the reference graph.
+        after: the graph under suspicion; its order of nodes is what "first" means.
+        feeds: inputs for both, by graph-input name.
+        tolerance: largest `relative_error` that is no difference.
+        outputs: only tensors that these outputs depend on count; all outputs of ``after`` when absent.
+
+    Returns:
+        None if no tensor that both graphs have differs.
+    """
+    wanted = [value for value in after.graph.outputs if outputs is None or value.name in outputs]
+    names_before = {value.name for node in before.graph for value in node.outputs}
+    needed = _ancestors(wanted)
+    candidates = [
+        value
+        for node in after.graph
+        if node in needed
+        for value in node.outputs
+        if value.name in names_before and (value.uses() or value.is_graph_output())
+    ]
+    for chunk in _chunks(candidates):
+        names = [value.name or "" for value in chunk]
+        reference, found = run_model(before, feeds, names), run_model(after, feeds, names)
+        for value, name in zip(chunk, names, strict=True):
+            error, detail = relative_error(found[name], reference[name])
+            if error > tolerance:
+                return _describe(value, error, detail, before)
+    return None
+
+
+def layer_of(node: ir.Node) -> str:
+    """The layer a node belongs to: its torch module, else the owner of a weight it reads, else nothing."""
+    scope = module_scope(node)
+    if scope:
+        return scope
+    for value in node.inputs:
+        if value is not None and value.const_value is not None and "." in (value.name or ""):
+            return (value.name or "").rpartition(".")[0]
+    return ""
+
+
+def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """The nodes that values depend on, those that feed subgraphs from outside included."""
+    pending = [node for value in values if (node := value.producer()) is not None]
+    seen: set[ir.Node] = set(pending)
+    while pending:
+        node = pending.pop()
+        for before in _predecessors(node):
+            if before not in seen:
+                seen.add(before)
+                pending.append(before)
+    return seen
+
+
+def _predecessors(node: ir.Node) -> Iterator[ir.Node]:
+    yield from node.predecessors()
+    for attribute in node.attributes.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
+            for graph in graphs:
+                for inner in graph.all_nodes():
+                    yield from inner.predecessors()
+                for value in graph.outputs:
+                    if (producer := value.producer()) is not None:
+                        yield producer
+
+
+def _chunks(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]
+
+
+def _describe(value: ir.Value, error: float, detail: str, before: ir.Model) -> TensorDifference:
+    node = value.producer()
+    assert node is not None
+    changed = tuple(
+        weight.name or ""
+        for weight in node.inputs
+        if weight is not None and weight.name in before.graph.initializers and _has_changed(weight, before)
+    )
+    return TensorDifference(
+        tensor=value.name or "",
+        error=error,
+        detail=detail,
+        node=node.name or "",
+        op=node.op_type,
+        layer=layer_of(node) or _layer_before(value, before),
+        changed_weights=changed,
+    )
+
+
+def _has_changed(weight: ir.Value, before: ir.Model) -> bool:
+    now, then = weight.const_value, before.graph.initializers[weight.name or ""].const_value
+    if now is then or now is None or then is None:
+        return now is not then
+    return now.dtype != then.dtype or not np.array_equal(now.numpy(), then.numpy())
+
+
+def _layer_before(value: ir.Value, before: ir.Model) -> str:
+    """The layer of the tensor's producer in the graph before, for a rewrite that lost it."""
+    for node in before.graph:
+        if any(output.name == value.name for output in node.outputs):
+            return layer_of(node)
+    return ""
