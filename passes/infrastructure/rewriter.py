@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -72,8 +73,8 @@ class RuleStatistics:
     tries: int = 0
     hits: int = 0
     seconds: float = 0.0
-    misses: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    """(node, reason) of each near miss, the first thousand."""
+    misses: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Why each node that nearly matched did not, by node name, the first thousand."""
 
 
 MatchStatistics = dict[str, RuleStatistics]
@@ -145,7 +146,7 @@ def missed(node: ir.Node, reason: str) -> bool:
     if statistics is not None and run is not None:
         misses = statistics[run.rule_name].misses
         if len(misses) < _REASONS_KEPT:
-            misses.append((node.name or "", reason))
+            misses[node.name or ""] = reason
     return False
 
 
@@ -237,6 +238,17 @@ class Replacement:
         graph.register_initializer(value)
         return value
 
+    def shape(self, *dims: int) -> ir.Value:
+        """The constant that Reshape takes; equal shapes are one initializer."""
+        graph = self._run.model.graph
+        name = "shape_" + "x".join("m1" if dim == -1 else str(dim) for dim in dims)
+        existing = graph.initializers.get(name)
+        if existing is not None and existing.const_value is not None:
+            known = existing.const_value
+            if known.dtype == ir.DataType.INT64 and known.numpy().tolist() == list(dims):
+                return existing
+        return self.initializer(name, ir.tensor(np.array(dims, np.int64)))
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let all that reads ``old`` read ``new``; a graph output keeps its name."""
         producer = old.producer()
@@ -255,6 +267,10 @@ class Replacement:
             new = self.op("Identity", new, like=old)
         self._take_name(old, new)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+    def retire(self, node: ir.Node) -> None:
+        """Take ``node`` out at the end as well, with what only it reads, if nothing reads it by then."""
+        self._old_nodes.append(node)
 
     def _take_name(self, old: ir.Value, new: ir.Value) -> None:
         old_name, old_producer, new_producer = old.name, old.producer(), new.producer()
@@ -340,6 +356,9 @@ def _remove_unused_initializer(value: ir.Value) -> None:
     graph, name = value.graph, value.name
     if graph is not None and name is not None and graph.initializers.get(name) is value:
         del graph.initializers[name]
+        run = _run.get()
+        if run is not None:
+            run.value_names.discard(name)
 
 
 def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> dict[str, int]:

@@ -78,7 +78,7 @@ def test_non_match_is_left_alone_and_says_why():
     assert ops(model.graph) == ["Neg", "Neg", "Abs"]
     assert statistics["neg-neg"].tries == 2
     assert statistics["neg-neg"].hits == 0
-    assert [reason for _, reason in statistics["neg-neg"].misses] == ["the inner Neg has other users"]
+    assert list(statistics["neg-neg"].misses.values()) == ["the inner Neg has other users"]
 
 
 def test_statistics_count_tries_and_hits_and_stop_outside_the_block():
@@ -201,7 +201,7 @@ def test_pattern_rule_refuses_ops_that_the_opset_lacks_and_leaves_no_trace():
     with match_statistics() as statistics:
         assert apply_rules(model, [PatternRule(tanh_gelu_rule())]) == {"to-gelu": 0}
     assert ops(model.graph) == ["Sigmoid", "Mul", "Sigmoid", "Mul"]
-    assert "Gelu, which opset 17" in statistics["to-gelu"].misses[0][1]
+    assert "Gelu, which opset 17" in str(statistics["to-gelu"].misses)
     assert len(model.graph.inputs[0].uses()) == 2, "the refused nodes must not count as users"
 
 
