@@ -1,1 +1,78 @@
-"""planish: a compiler for compressed neural networks."""
+"""planish: a compiler for compressed neural networks.
+
+    import planish
+
+    compiled = planish.compile(model, "canonicalize,fuse,quantize{scheme=W8A8}", example_inputs=inputs)
+    compiled(**inputs)                # called like the module it came from
+    compiled.save("model.onnx")       # a file that plain onnxruntime loads
+
+`compile` is the whole of it for most uses. `trace`, `load` and `save` give the IR itself; passes live in
+`planish.passes`, targets in `planish.codegen`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .codegen import get_target
+    from .compiler import compile
+    from .ir import load, save
+    from .ir.errors import (
+        ContractError,
+        InputError,
+        ModelError,
+        NothingCoveredError,
+        PassError,
+        PipelineError,
+        PlanishError,
+        TargetError,
+        TraceError,
+        VerificationError,
+    )
+    from .ir.trace import trace, trace_causal_lm
+    from .runtime.compiled_model import CompiledModel
+
+__all__ = [
+    "CompiledModel",
+    "ContractError",
+    "InputError",
+    "ModelError",
+    "NothingCoveredError",
+    "PassError",
+    "PipelineError",
+    "PlanishError",
+    "TargetError",
+    "TraceError",
+    "VerificationError",
+    "compile",
+    "get_target",
+    "load",
+    "save",
+    "trace",
+    "trace_causal_lm",
+]
+
+# Names are imported when they are first used: `planish --help` and a plug-in that only needs the pass protocol
+# do not wait seconds for torch.
+_PLACES = {
+    "CompiledModel": ".runtime.compiled_model",
+    "compile": ".compiler",
+    "get_target": ".codegen",
+    "load": ".ir",
+    "save": ".ir",
+    "trace": ".ir.trace",
+    "trace_causal_lm": ".ir.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name, ".ir.errors" if name in __all__ else None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(place, __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

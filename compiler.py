@@ -30,8 +30,13 @@ Feeds = Mapping[str, np.ndarray[Any, Any]]
 DEFAULT_PASSES = ("canonicalize", "fuse")
 
 
-def compile(
-    model: torch.nn.Module | torch.export.ExportedProgram | str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+def compile(  # noqa: A001 — the name users know, as in torch.compile
+    model: torch.nn.Module
+    | torch.export.ExportedProgram
+    | str
+    | os.PathLike[str]
+    | onnx.ModelProto
+    | ir.Model,
     passes: Any = DEFAULT_PASSES,
     *,
     example_inputs: Any = None,
@@ -102,7 +107,8 @@ def _read(
         return graph, None, ()
     if not isinstance(example_inputs, Mapping):
         raise InputError(
-            f"example_inputs of an ONNX model: expected a dict of arrays, found {type(example_inputs).__name__}",
+            "example_inputs of an ONNX model: expected a dict of arrays, "
+            f"found {type(example_inputs).__name__}",
             hint=f"the graph inputs are {[value.name for value in graph.graph.inputs]}",
         )
     return graph, None, ({name: np.asarray(array) for name, array in example_inputs.items()},)

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import peers
+import planish
 import sentence_model as job
+from planish.runtime.measure import Latency, interleaved_latency
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-import planish
-from planish.runtime.measure import Latency, interleaved_latency
 
 Array = np.ndarray[Any, Any]
 YARDSTICK = "onnxruntime float32, torch's export"
@@ -139,8 +138,7 @@ def write_markdown(table: Table, path: Path) -> None:
     lines = [
         "# The main job: all-MiniLM-L6-v2 on CPU",
         "",
-        f"{processor()}, {onnxruntime.get_available_providers()[0]} of onnxruntime {onnxruntime.__version__}, "
-        "default threads. Latency relative to the first row (smaller is faster), medians of runs in turns; "
+        f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Latency relative to the first row (smaller is faster), medians of runs in turns; "
         "cosine and nearest neighbour against the float32 torch module over 240 sentences.",
         "",
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",
@@ -159,9 +157,7 @@ def processor() -> str:
     if not info.exists():
         return platform.processor() or platform.machine()
     fields = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in info.read_text().splitlines()
-        if ":" in line
+        (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
     )
     flags = fields.get("flags", "").split()
     extensions = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in flags]

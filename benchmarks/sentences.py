@@ -6,7 +6,14 @@ import itertools
 
 _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cooking": (
-        ("The baker", "My grandmother", "A street vendor", "The head chef", "Our neighbour", "The apprentice"),
+        (
+            "The baker",
+            "My grandmother",
+            "A street vendor",
+            "The head chef",
+            "Our neighbour",
+            "The apprentice",
+        ),
         (
             "kneads the dough slowly and lets it rest overnight in a cool place.",
             "adds a pinch of salt.",
@@ -16,7 +23,14 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "astronomy": (
-        ("The telescope", "A young astronomer", "The survey team", "The observatory", "A space probe", "The mission"),
+        (
+            "The telescope",
+            "A young astronomer",
+            "The survey team",
+            "The observatory",
+            "A space probe",
+            "The mission",
+        ),
         (
             "discovered a faint planet that circles a red dwarf every eleven days.",
             "photographed the rings of Saturn.",
@@ -26,7 +40,14 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "finance": (
-        ("The central bank", "A small investor", "The pension fund", "The auditor", "The start-up", "The ministry"),
+        (
+            "The central bank",
+            "A small investor",
+            "The pension fund",
+            "The auditor",
+            "The start-up",
+            "The ministry",
+        ),
         (
             "raised its forecast for inflation by half a percentage point this quarter.",
             "sold all of its bonds.",
@@ -36,7 +57,14 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "sport": (
-        ("The goalkeeper", "Our team", "The veteran sprinter", "The coach", "The visiting side", "A substitute"),
+        (
+            "The goalkeeper",
+            "Our team",
+            "The veteran sprinter",
+            "The coach",
+            "The visiting side",
+            "A substitute",
+        ),
         (
             "won the match in the last minute of extra time in front of a silent crowd.",
             "trains twice a day.",
@@ -46,7 +74,14 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "medicine": (
-        ("The surgeon", "A retired nurse", "The clinic", "The research group", "The patient", "The pharmacist"),
+        (
+            "The surgeon",
+            "A retired nurse",
+            "The clinic",
+            "The research group",
+            "The patient",
+            "The pharmacist",
+        ),
         (
             "explained that the new vaccine needs two doses, four weeks apart.",
             "reported a mild fever.",
@@ -56,7 +91,14 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "software": (
-        ("The compiler", "A new engineer", "The database", "The build server", "The maintainer", "The web service"),
+        (
+            "The compiler",
+            "A new engineer",
+            "The database",
+            "The build server",
+            "The maintainer",
+            "The web service",
+        ),
         (
             "rejects the program because a variable is used before it is defined.",
             "crashed at midnight.",
