@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .codegen import get_target
-    from .compiler import compile
+    from .compiler import compile  # noqa: A004 — the name users know
     from .ir import load, save
     from .ir.errors import (
         ContractError,
@@ -54,8 +54,8 @@ __all__ = [
     "trace_causal_lm",
 ]
 
-# Names are imported when they are first used: `planish --help` and a plug-in that only needs the pass protocol
-# do not wait seconds for torch.
+# Names are imported when they are first used: a plug-in that only needs the pass protocol does not wait
+# seconds for torch.
 _PLACES = {
     "CompiledModel": ".runtime.compiled_model",
     "compile": ".compiler",

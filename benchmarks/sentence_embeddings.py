@@ -138,8 +138,9 @@ def write_markdown(table: Table, path: Path) -> None:
     lines = [
         "# The main job: all-MiniLM-L6-v2 on CPU",
         "",
-        f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Latency relative to the first row (smaller is faster), medians of runs in turns; "
-        "cosine and nearest neighbour against the float32 torch module over 240 sentences.",
+        f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Latency relative to the "
+        "first row (smaller is faster), medians of runs in turns; cosine and nearest neighbour against the "
+        "float32 torch module over 240 sentences.",
         "",
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",
         "|" + "---|" * len(table.columns),
