@@ -62,6 +62,9 @@ class ContractCheck(Instrument):
 
     Args:
         examples: inputs to run on, each by graph-input name; made up from the graph's declarations if empty.
+
+    Attributes:
+        violation: the broken contract that was found, if one was.
     """
 
     wants_copy: ClassVar[bool] = True
@@ -70,6 +73,7 @@ class ContractCheck(Instrument):
         self._examples = tuple(examples)
         self._outputs: Sequence[Outputs] = ()
         self._model: ir.Model | None = None
+        self.violation: ContractBrokenError | None = None
 
     def before(self, invocation: Invocation, model: ir.Model) -> None:
         """Run the model as it comes, unless these are the outputs of the pass before."""
@@ -94,7 +98,8 @@ class ContractCheck(Instrument):
                 broken = broken_output(after, before, pass_.tolerance)
                 if broken is not None:
                     assert invocation.before is not None
-                    raise _violation(pass_, broken, invocation.before, model, feeds)
+                    self.violation = _violation(pass_, broken, invocation.before, model, feeds)
+                    raise self.violation
         _record_errors(invocation, self._outputs, outputs)
         self._outputs = outputs
 

@@ -59,6 +59,6 @@ class RewriteStatistics(Instrument):
 def _commonest_miss(row: RuleStatistics) -> str:
     if not row.misses:
         return ""
-    reasons = collections.Counter(reason for _, reason in row.misses).most_common()
+    reasons = collections.Counter(row.misses.values()).most_common()
     reason, count = reasons[0]
     return f"{reason} ({count})" + (f" and {len(reasons) - 1} other reasons" if len(reasons) > 1 else "")
