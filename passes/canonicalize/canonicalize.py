@@ -10,11 +10,17 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ..infrastructure.base import Fact, Pass, PassContext, PassResult
+from ..infrastructure.rewriter import apply_rules
+from . import attention, attention_inputs, linears, normalizations, rotary
 from .constant_folding import fold_constants
 from .dead_code import merge_common_subexpressions, remove_dead_code
-from .graph_edits import merge
+from .functions import inline_functions
+from .graph_edits import merge, opset
 from .no_ops import remove_no_ops
 from .shape_arithmetic import forget_shape_contents, infer_shapes, simplify_shapes
+from .weight_names import name_weights
+from .weight_ownership import separate_weights
+from .weight_transposes import fold_weight_transposes
 
 Step = Callable[[ir.Model], dict[str, int]]
 
@@ -25,12 +31,15 @@ class Canonicalize(Pass):
 
     Attributes:
         folding_limit: elements of the largest constant that is computed at compile time.
+        untie: give an output projection that is tied to the token embedding a weight of its own, so that it
+            can be quantised or pruned alone. The file then holds both.
     """
 
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
 
     folding_limit: int = 1 << 20
+    untie: bool = False
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Rewrite ``model`` in place; the statistics count the rewrites of each step."""
@@ -48,13 +57,20 @@ class Canonicalize(Pass):
         """The rewrites in order. Folding comes twice: symbolic shapes make further arithmetic constant."""
         fold = partial(fold_constants, limit=self.folding_limit)
         return (
+            inline_functions,
             fold,
             remove_no_ops,
             remove_dead_code,
+            partial(fold_weight_transposes, untie=self.untie),
             _infer,
             remove_no_ops,
             simplify_shapes,
             fold,
+            remove_dead_code,
+            merge_common_subexpressions,
+            _raise_ops,
+            name_weights,
+            separate_weights,
             remove_dead_code,
             merge_common_subexpressions,
         )
@@ -63,3 +79,9 @@ class Canonicalize(Pass):
 def _infer(model: ir.Model) -> dict[str, int]:
     infer_shapes(model)
     return {}
+
+
+def _raise_ops(model: ir.Model) -> dict[str, int]:
+    """Linears, norms, rotary embeddings and attention, each as the one op of this opset that says it."""
+    families = (linears, normalizations, rotary, attention, attention_inputs)
+    return apply_rules(model, [rule for family in families for rule in family.rules(opset(model))])

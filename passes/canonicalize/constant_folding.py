@@ -26,6 +26,8 @@ from .graph_edits import (
 OLDEST_OPSET = 13
 """Before it, axes are attributes and some ops do not broadcast; such models are left alone."""
 
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 SIZEABLE = 1 << 16
 """Bytes above which a result must not be larger than its operands."""
 
@@ -58,6 +60,8 @@ def _evaluate(node: ir.Node, limit: int) -> Array | None:
         return static_shape(node)
     if not can_evaluate(node):
         return None
+    if node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].dtype in FLOATS:
+        return None  # weights: folded without a copy, and only where nothing else reads them
     # CastLike reads only the type of its second input.
     read = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
     operands: list[Array | None] = []

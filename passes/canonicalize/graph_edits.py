@@ -140,6 +140,15 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir
     return value
 
 
+def shape_constant(graph: ir.Graph, entries: Sequence[int]) -> ir.Value:
+    """The int64 vector ``entries``, one initializer for all who ask for it."""
+    name = "planish.shape." + "x".join(str(entry) for entry in entries)
+    existing = graph.initializers.get(name)
+    if existing is not None and integers(existing) == list(entries):
+        return existing
+    return add_initializer(graph, ir.tensor(np.array(entries, dtype=np.int64), name=name), name)
+
+
 def free_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_1``, ``name_2``, … if initializers of ``graph`` already have it."""
     if name not in graph.initializers:

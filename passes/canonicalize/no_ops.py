@@ -4,8 +4,13 @@
     Cast(Cast(x)) through a wider type, x·1, x/1, integer x ± 0, x ∧ true, x ∨ false,
     Transpose with the identity permutation, Transpose(Transpose(x)), Squeeze(Unsqueeze(x)) → x
 
-Preconditions: element types (Cast) and shapes (arithmetic, where a constant might broadcast ``x``) are known;
-where they are not, the node stays. ``x + 0`` is kept for floats: it turns −0 into +0.
+and two that insert axes one after the other become one:
+
+    Unsqueeze(Unsqueeze(x, a), b) → Unsqueeze(x, a ∪ b)
+
+Preconditions: element types (Cast) and ranks (arithmetic, where a constant might broadcast ``x``) are known;
+where they are not, the node stays. Only single numbers count as neutral: a vector of ones is the weight of a
+norm that has not been trained yet. ``x + 0`` is kept for floats: it turns −0 into +0.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph_edits import (
-    broadcasts_into,
     bypass,
     constant,
     graphs,
@@ -26,6 +30,8 @@ from .graph_edits import (
     producer,
     rank,
     replace_node,
+    scalar,
+    shape_constant,
 )
 
 WIDER: dict[ir.DataType, frozenset[ir.DataType]] = {
@@ -118,15 +124,12 @@ def _neutral_either(number: float | bool, *, integers_only: bool = False) -> Cal
 
 def _drop_neutral(node: ir.Node, kept: int, dropped: int, number: float, *, integers_only: bool) -> bool:
     value, neutral = node.inputs[kept], node.inputs[dropped]
-    if value is None or neutral is None or not _all_equal(neutral, number):
+    if value is None or scalar(neutral) != number:
         return False
     if integers_only and (value.dtype is None or not value.dtype.is_integer()):
         return False
-    array = constant(neutral)
-    assert array is not None
-    value_rank = rank(value)
-    is_scalar = array.size == 1 and value_rank is not None and array.ndim <= value_rank
-    if not is_scalar and not broadcasts_into(neutral, value):
+    value_rank, neutral_rank = rank(value), rank(neutral)
+    if neutral_rank != 0 and (value_rank is None or neutral_rank is None or neutral_rank > value_rank):
         return False
     return bypass(node, value)
 
@@ -172,6 +175,24 @@ def _squeeze(node: ir.Node) -> bool:
     return bypass(node, source)
 
 
+def _unsqueeze(node: ir.Node) -> bool:
+    """Unsqueeze(Unsqueeze(x, a), b) → Unsqueeze(x, a ∪ b), for axes counted from the front."""
+    inner = producer(node.inputs[0], "Unsqueeze")
+    if inner is None or len(node.inputs) < 2 or len(inner.inputs) < 2:
+        return False
+    outer_axes, inner_axes = integers(node.inputs[1]), integers(inner.inputs[1])
+    if outer_axes is None or inner_axes is None or min(outer_axes + inner_axes, default=-1) < 0:
+        return False
+    if not isinstance(node.graph, ir.Graph):
+        return False
+    # An axis that the inner node inserted at position i is now the i-th one that the outer did not insert.
+    kept = [axis for axis in range(max(inner_axes) + len(outer_axes) + 1) if axis not in outer_axes]
+    axes = sorted(outer_axes + [kept[axis] for axis in inner_axes])
+    node.replace_input_with(0, inner.inputs[0])
+    node.replace_input_with(1, shape_constant(node.graph, axes))
+    return True
+
+
 RULES: dict[str, Callable[[ir.Node], bool]] = {
     "Add": _neutral_either(0, integers_only=True),
     "And": _neutral_either(True),
@@ -185,4 +206,5 @@ RULES: dict[str, Callable[[ir.Node], bool]] = {
     "Squeeze": _squeeze,
     "Sub": _neutral_right(0, integers_only=True),
     "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
 }

@@ -17,12 +17,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
 
 from .graph_edits import (
-    add_initializer,
     bypass,
     constant,
     constant_tensor,
@@ -32,6 +30,7 @@ from .graph_edits import (
     integers,
     is_op,
     same_shape,
+    shape_constant,
 )
 
 END = 2**31 - 1
@@ -133,20 +132,10 @@ def _make_shape_constant(node: ir.Node) -> bool:
     entries = _entries(contents(shape), dims(value), dims(node.outputs[0]))
     if entries is None:
         return False
-    tensor = ir.tensor(np.array(entries, dtype=np.int64))
-    node.replace_input_with(1, _shared_shape(node.graph, tensor, entries))
+    node.replace_input_with(1, shape_constant(node.graph, entries))
     if integer(node, "allowzero", 0):
         node.attributes.pop("allowzero")
     return True
-
-
-def _shared_shape(graph: ir.Graph, tensor: ir.TensorProtocol, entries: list[int]) -> ir.Value:
-    """One initializer per distinct shape."""
-    name = "shape_" + "x".join("m1" if entry == -1 else str(entry) for entry in entries)
-    existing = graph.initializers.get(name)
-    if existing is not None and integers(existing) == entries:
-        return existing
-    return add_initializer(graph, tensor, name)
 
 
 def _entries(
