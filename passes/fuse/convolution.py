@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from ..canonicalize.graph_edits import constant_tensor, integer, number, only_use, producer
 from ..infrastructure.rewriter import Replacement, Rule, missed
-from .weights import Array, rounded, set_weight
+from .weights import Array, scaled, set_weight
 
 
 class FoldBatchNormalization(Rule):
@@ -123,8 +123,8 @@ def _fold(node: ir.Node, convolution: ir.Node, scale: Array, shift: Array) -> bo
     along = [1] * len(tensor.shape)
     along[_channel_axis(convolution)] = -1
     bias = _float64(convolution.inputs[2]) if len(convolution.inputs) > 2 else None
-    weight = rounded(tensor.numpy().astype(np.float64) * scale.reshape(along), tensor.dtype)
-    shifted = rounded((0.0 if bias is None else bias) * scale + shift, tensor.dtype)
+    weight = scaled(tensor.numpy(), scale.reshape(along), 0.0, tensor.dtype)
+    shifted = scaled(np.zeros_like(shift) if bias is None else bias, scale, shift, tensor.dtype)
     if weight is None or shifted is None:
         return missed(node, f"the folded weight does not fit {tensor.dtype.name}")
     replacement = Replacement(node)

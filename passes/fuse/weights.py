@@ -32,8 +32,8 @@ def _stem(node: ir.Node) -> str:
     return str(weight.name).removesuffix(".weight") if weight is not None else str(node.name)
 
 
-def rounded(array: Array, dtype: ir.DataType) -> ir.TensorProtocol | None:
-    """A float64 result as a tensor of ``dtype``; None if it does not fit there."""
+def scaled(array: Array, scale: Array, shift: Array | float, dtype: ir.DataType) -> ir.TensorProtocol | None:
+    """array · scale + shift in float64, rounded to ``dtype``; None if it does not fit there."""
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype.numpy())
+        cast = (array.astype(np.float64) * scale + shift).astype(dtype.numpy())
     return ir.Tensor(cast, dtype=dtype) if bool(np.isfinite(cast.astype(np.float64)).all()) else None
