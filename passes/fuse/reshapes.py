@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..canonicalize.graph_edits import integer, integers, producer, same_shape
+from ..canonicalize.graph_edits import dims, integer, integers, producer, same_shape
 from ..infrastructure.rewriter import Replacement, Rule
 
 
@@ -37,8 +37,20 @@ class CollapseReshapes(Rule):
         if shape is None:
             return False
         replacement = Replacement(node)
+        if _keeps(source, shape):
+            return replacement.finish(source)
         target = replacement.shape(*shape)
         return replacement.finish(replacement.op("Reshape", source, target, like=node.outputs[0]))
+
+
+def _keeps(value: ir.Value, shape: list[int]) -> bool:
+    """Whether every axis of ``value`` is copied or has the length that ``shape`` asks for."""
+    sizes = dims(value)
+    return (
+        sizes is not None
+        and len(sizes) == len(shape)
+        and all(entry in (0, size) for entry, size in zip(shape, sizes, strict=True))
+    )
 
 
 def _composed(inner: ir.Node, outer: ir.Node) -> list[int] | None:

@@ -145,7 +145,8 @@ def test_operands_and_results_that_others_read_keep_their_layout(options):
 def test_another_permutation_stays():
     text = """g (float[b,4,s,8] q, float[b,4,s,8] k, float[b,4,s,8] v) => (float[b,s,4,8] y) {
         kt = Transpose<perm = [0, 1, 2, 3]>(k) vt = Transpose<perm = [0, 1, 2, 3]>(v)
-        qt = Transpose<perm = [0, 1, 2, 3]>(q) a = Attention(qt, kt, vt) y = Transpose<perm = [0, 2, 1, 3]>(a) }"""
+        qt = Transpose<perm = [0, 1, 2, 3]>(q)
+        a = Attention(qt, kt, vt) y = Transpose<perm = [0, 2, 1, 3]>(a) }"""
     model = model_of(text)
     with match_statistics() as statistics:
         assert apply_rules(model, [FlattenAttentionHeads()]) == {"flatten-attention-heads": 0}
@@ -155,7 +156,8 @@ def test_another_permutation_stays():
 def test_an_unknown_number_of_heads_stays():
     text = """g (float[b,s,h,8] q, float[b,s,h,8] k, float[b,s,h,8] v) => (float[b,s,h,8] y) {
         qt = Transpose<perm = [0, 2, 1, 3]>(q) kt = Transpose<perm = [0, 2, 1, 3]>(k)
-        vt = Transpose<perm = [0, 2, 1, 3]>(v) a = Attention(qt, kt, vt) y = Transpose<perm = [0, 2, 1, 3]>(a) }"""
+        vt = Transpose<perm = [0, 2, 1, 3]>(v)
+        a = Attention(qt, kt, vt) y = Transpose<perm = [0, 2, 1, 3]>(a) }"""
     model = model_of(text)
     assert apply_rules(model, [FlattenAttentionHeads()]) == {"flatten-attention-heads": 0}
 
@@ -202,7 +204,8 @@ def test_reshapes_that_mean_zero_as_zero_stay():
     assert apply_rules(model, [CollapseReshapes()]) == {"collapse-reshapes": 0}
 
 
-MASK = """g (int64[b,s] ids, int64[{mask_batch},s] attention_mask) => (bool[b,1,s,s] mask, bool[b,1,1,s] keys) {{
+MASK = """g (int64[b,s] ids, int64[{mask_batch},s] attention_mask)
+    => (bool[b,1,s,s] mask, bool[b,1,1,s] keys) {{
     zero = Constant<value_int = 0>() one = Constant<value_int = 1>() bound = Constant<value_int = {bound}>()
     last = Constant<value_ints = [-1]>() a123 = Constant<value_ints = [1, 2, 3]>()
     a013 = Constant<value_ints = [0, 1, 3]>() a012 = Constant<value_ints = [0, 1, 2]>()

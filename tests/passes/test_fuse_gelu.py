@@ -103,7 +103,8 @@ def test_an_argument_that_is_itself_arithmetic():
     body, _ = ERF_FORMS["half of x first"].split("|")
     body = "b = Add(u, two) x = Mul(b, half) " + body
     text = f"""<ir_version: 11, opset_import: ["" : 23]> g (float[n] u) => (float[n] y)
-    <float c = {{{ROOT_TWO!r}}}, float one = {{1.0}}, float half = {{0.5}}, float two = {{2.0}}> {{ {body} }}"""
+    <float c = {{{ROOT_TWO!r}}}, float one = {{1.0}}, float half = {{0.5}}, float two = {{2.0}}>
+    {{ {body} }}"""
     model = ir.from_proto(onnx.parser.parse_model(text))
     assert apply_rules(model, [FuseGelu()]) == {"gelu": 1}
     assert [node.op_type for node in model.graph] == ["Add", "Mul", "Gelu"]
