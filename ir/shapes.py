@@ -18,28 +18,40 @@ _MOST_FAILURES = 16
 """Nodes to pass over one by one; after them, all nodes of an op that fails."""
 
 
-def infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model, *, for_rewriting: bool = False) -> None:
     """Infer the types and shapes of all values of ``model``, in place.
 
     What is known already stays: an inferred dimension only replaces an unknown one or a symbol, and an
     inference that contradicts what the model declares is dropped. Nodes of unknown ops, and malformed nodes,
     leave their outputs as they are.
+
+    For rewriting, equal symbols must mean equal dimensions: symbols that the model declares for its outputs
+    are not spread to values whose equality the engine only assumed. And what is known about the contents of
+    shape tensors stays noted, under ``onnx_shape_inference.SYM_DATA_KEY``, for the caller to read and remove.
     """
     domains: dict[ir.Node, str] = {}  # of the nodes that are passed over
     try:
-        while not _try_to_infer(model, domains):
+        while not _try_to_infer(model, domains, adopt_declared_symbols=not for_rewriting):
             pass
     finally:
         for node, domain in domains.items():
             node.domain = domain
+    if not for_rewriting:
+        forget_shape_contents(model)
+
+
+def forget_shape_contents(model: ir.Model) -> None:
+    """Remove what inference noted about the contents of shape tensors: it would end up in the saved file."""
     for value in all_values(model):
         value.metadata_props.pop(onnx_shape_inference.SYM_DATA_KEY, None)
 
 
-def _try_to_infer(model: ir.Model, domains: dict[ir.Node, str]) -> bool:
+def _try_to_infer(model: ir.Model, domains: dict[ir.Node, str], *, adopt_declared_symbols: bool) -> bool:
     """Infer; True when it is done. When a node stops the inference, add that node to those passed over."""
     try:
-        onnx_shape_inference.infer_symbolic_shapes(model, warn_on_missing=False)
+        onnx_shape_inference.infer_symbolic_shapes(
+            model, warn_on_missing=False, adopt_declared_symbols=adopt_declared_symbols
+        )
     except (OpUsageError, ShapeInferenceError) as error:
         failed = _failed_nodes(model, error, every_alike=len(domains) >= _MOST_FAILURES)
         for node in failed:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from ...ir.shapes import forget_shape_contents, infer_shapes
 from ..infrastructure.base import Fact, Pass, PassContext, PassResult
 from ..infrastructure.rewriter import apply_rules
 from . import attention, attention_inputs, linears, normalizations, rotary
@@ -17,7 +18,7 @@ from .dead_code import merge_common_subexpressions, remove_dead_code
 from .functions import inline_functions
 from .graph_edits import merge, opset
 from .no_ops import remove_no_ops
-from .shape_arithmetic import forget_shape_contents, infer_shapes, simplify_shapes
+from .shape_arithmetic import simplify_shapes
 from .weight_names import name_weights
 from .weight_ownership import separate_weights
 from .weight_transposes import fold_weight_transposes
@@ -77,7 +78,7 @@ class Canonicalize(Pass):
 
 
 def _infer(model: ir.Model) -> dict[str, int]:
-    infer_shapes(model)
+    infer_shapes(model, for_rewriting=True)
     return {}
 
 

@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 
 import onnx_ir as ir
-from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
+from onnx_shape_inference import SYM_DATA_KEY
 
 from .graph_edits import (
     bypass,
@@ -37,17 +37,8 @@ END = 2**31 - 1
 """Exporters write "to the end" as the largest int32 or int64."""
 
 
-def infer_shapes(model: ir.Model) -> None:
-    """Fill in element types, shapes and the known contents of shape tensors.
-
-    Symbols that the model declares for interior values are not spread to values whose equality the engine
-    only assumed (``adopt_declared_symbols``): a rewrite must be able to rely on equal symbols.
-    """
-    infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
-
-
 def simplify_shapes(model: ir.Model) -> dict[str, int]:
-    """Rewrite the Reshape, Expand and Slice nodes of every graph; call after :func:`infer_shapes`."""
+    """Rewrite the Reshape, Expand and Slice nodes of every graph, whose shapes were inferred for rewriting."""
     statistics = {"shapes-made-constant": 0, "shape-no-ops-removed": 0}
     for graph in graphs(model):
         for node in graph:
@@ -59,16 +50,6 @@ def simplify_shapes(model: ir.Model) -> dict[str, int]:
             elif node.op_type == "Reshape":
                 statistics["shapes-made-constant"] += _make_shape_constant(node)
     return statistics
-
-
-def forget_shape_contents(model: ir.Model) -> None:
-    """Remove the contents of shape tensors that inference noted: the note would end up in the saved file."""
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            value.metadata_props.pop(SYM_DATA_KEY, None)
-        for node in graph:
-            for value in node.outputs:
-                value.metadata_props.pop(SYM_DATA_KEY, None)
 
 
 def contents(value: ir.Value | None) -> list[int | str | None] | None:
