@@ -186,23 +186,27 @@ def path_name(path: Path) -> str:
     return ".".join(str(key) for key in path)
 
 
-def bind_call(
+def default_arguments(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """Bind a call's arguments to the names of the module's forward parameters, defaults included.
+) -> dict[str, Any]:
+    """Give the defaults of the forward parameters that a call leaves out, by name.
 
     Raises:
         InputError: the arguments do not fit ``forward``.
     """
+    signature = inspect.signature(module.forward)
     try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise InputError(
             f"the example inputs do not fit {type(module).__name__}.forward: {error}",
             hint="give a tensor, a tuple of positional or a dict of keyword arguments",
         ) from error
-    bound.apply_defaults()
-    return bound
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not parameter.empty
+    }
 
 
 def _children(node: Any) -> list[tuple[str | int, Any]] | None:

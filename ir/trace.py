@@ -8,6 +8,7 @@ fields of what it returns.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from .signature import (
     REMARKS_KEY,
     Path,
     Signature,
-    bind_call,
+    default_arguments,
     flatten_arguments,
     flatten_with_paths,
     is_tensor,
@@ -95,77 +96,87 @@ def trace(
 
 
 def _trace_module(module: torch.nn.Module, example_inputs: Any, dynamic_shapes: Any, opset: int) -> ir.Model:
-    bound, remarks = _bind_examples(module, example_inputs)
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-    positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    leaves = flatten_arguments(bound)
-    tensors = {path_name(path): torch.as_tensor(leaf) for path, leaf in leaves.items() if is_tensor(leaf)}
-    paths = {path_name(path): path for path, leaf in leaves.items() if is_tensor(leaf)}
+    example = _example_call(module, example_inputs)
+    tensors = {path_name(path): torch.as_tensor(leaf) for path, leaf in example.leaves if is_tensor(leaf)}
+    paths = {path_name(path): path for path, leaf in example.leaves if is_tensor(leaf)}
     if not tensors:
         raise InputError(f"the example inputs of {type(module).__name__} hold no tensor")
     if dynamic_shapes is None or isinstance(dynamic_shapes, str):
         dims = default_dims(tensors)
     else:
         dims = requested_dims(dynamic_shapes, paths, tensors)
-
-    structure = pytree.tree_structure(bound)
-    template = list(leaves.values())
-    places = [position for position, leaf in enumerate(template) if is_tensor(leaf)]
-
-    def call(called: torch.nn.Module, values: Sequence[torch.Tensor]) -> Any:
-        filled = list(template)
-        for position, value in zip(places, values, strict=True):
-            filled[position] = value
-        return _call(called, pytree.tree_unflatten(filled, structure), positional, variadic)
-
-    traced = trace_flat(module, call, tensors, dims, opset=opset)
-    signature = Signature(
+    traced = trace_flat(module, example.call, tensors, dims, opset=opset)
+    given = {path: leaf for path, leaf in example.leaves if not is_tensor(leaf)}
+    traced.model.meta[META_KEY] = Signature(
         input_names=tuple(value.name or "" for value in traced.model.graph.inputs),
         output_names=tuple(value.name or "" for value in traced.model.graph.outputs),
         input_paths=tuple(paths.values()),
-        parameters=positional,
-        variadic=variadic,
-        constants=tuple((path, leaf) for path, leaf in leaves.items() if not is_tensor(leaf)),
+        parameters=example.positional,
+        variadic=example.variadic,
+        constants=tuple({**example.defaults, **given}.items()),
         output_tree=traced.outputs.tree,
         output_constants=traced.outputs.constants,
         output_scalars=traced.outputs.scalars,
     )
-    traced.model.meta[META_KEY] = signature
-    traced.model.meta[REMARKS_KEY] = remarks + traced.remarks
+    traced.model.meta[REMARKS_KEY] = example.remarks + traced.remarks
     return traced.model
 
 
-def _bind_examples(module: torch.nn.Module, example_inputs: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Give all arguments of the example call by name, and remarks on arguments that were added."""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ExampleCall:
+    """A call of a module with example inputs, as the user wrote it, and the places of its leaves."""
+
+    positional: tuple[str, ...]
+    variadic: str | None
+    leaves: tuple[tuple[Path, Any], ...]
+    structure: pytree.TreeSpec
+    defaults: Mapping[Path, Any]
+    remarks: tuple[str, ...]
+
+    def call(self, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> Any:
+        """Repeat the call with other tensors."""
+        values = iter(tensors)
+        leaves = [next(values) if is_tensor(leaf) else leaf for _, leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return module(*args, **kwargs)
+
+
+def _example_call(module: torch.nn.Module, example_inputs: Any) -> _ExampleCall:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
-        args, kwargs = (example_inputs,), {}
-    bound = bind_call(module, args, kwargs)
-    arguments = dict(bound.arguments)
+        args = (example_inputs,)
     remarks: tuple[str, ...] = ()
     if is_causal_lm(module) and not kwargs.keys() & {"use_cache", "past_key_values"}:
-        # The cache that the module would return is no tensor, and without a past it is of no use.
-        arguments["use_cache"] = False
+        # The cache that the model would return is no tensor, and without a past it is of no use.
+        kwargs["use_cache"] = False
         remarks = ("traced without a key-value cache; leave example_inputs out to trace with one",)
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name))
-    return arguments, remarks
+    defaults = default_arguments(module, args, kwargs)
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    return _ExampleCall(
+        positional=positional,
+        variadic=variadic,
+        leaves=tuple(_leaves(args, kwargs, positional, variadic)),
+        structure=pytree.tree_structure((args, kwargs)),
+        defaults={(name,): value for name, value in defaults.items() if not is_tensor(value)},
+        remarks=remarks,
+    )
 
 
-def _call(
-    module: torch.nn.Module, arguments: dict[str, Any], positional: Sequence[str], variadic: str | None
-) -> Any:
-    args = [arguments.pop(name) for name in positional]
-    if variadic is not None:
-        args.extend(arguments.pop(variadic))
-    return module(*args, **arguments)
+def _leaves(
+    args: Sequence[Any], kwargs: Mapping[str, Any], positional: Sequence[str], variadic: str | None
+) -> list[tuple[Path, Any]]:
+    """Give all leaves of a call with their paths, in the order in which torch flattens the call."""
+    roots: list[Path] = [(name,) for name in positional]
+    roots += [(variadic or "args", index) for index in range(len(args) - len(positional))]
+    trees = [*zip(roots, args, strict=False), *(((name,), value) for name, value in kwargs.items())]
+    return [((*root, *path), leaf) for root, tree in trees for path, leaf in flatten_with_paths(tree)]
 
 
 def _trace_program(program: torch.export.ExportedProgram, dynamic_shapes: Any, opset: int) -> ir.Model:
