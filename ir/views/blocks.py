@@ -57,7 +57,7 @@ def _as_block(node: ir.Node, position: dict[ir.Node, int], by_node: dict[ir.Node
     if len(stream.uses()) < 2 or is_constant(stream):
         return None
     nodes = _nodes_between(stream, branch, position)
-    if nodes is None:
+    if not nodes:
         return None
     return Block(
         input=stream,
@@ -83,21 +83,22 @@ def _position(value: ir.Value, position: dict[ir.Node, int]) -> int:
     return -1 if producer is None else position.get(producer, -1)
 
 
-def _nodes_between(stream: ir.Value, branch: ir.Value, position: dict[ir.Node, int]) -> list[ir.Node] | None:
-    """The nodes from ``stream`` to ``branch``, or None if ``branch`` does not depend on ``stream``."""
+def _nodes_between(stream: ir.Value, branch: ir.Value, position: dict[ir.Node, int]) -> list[ir.Node]:
+    """The nodes that compute ``branch`` from ``stream``; none if it does not depend on ``stream``."""
     start = _position(stream, position)
     seen: set[ir.Node] = set()
-    reached = False
     waiting = [branch]
     while waiting:
-        value = waiting.pop()
-        if value is stream:
-            reached = True
-            continue
-        node = value.producer()
+        node = waiting.pop().producer()
         # Nothing that the stream's producer comes after can depend on the stream.
         if node is None or node in seen or position.get(node, -1) <= start:
             continue
         seen.add(node)
         waiting.extend(operand for operand in node.inputs if operand is not None)
-    return sorted(seen, key=position.__getitem__) if reached else None
+    dependent = {stream}
+    nodes: list[ir.Node] = []
+    for node in sorted(seen, key=position.__getitem__):
+        if not dependent.isdisjoint(operand for operand in node.inputs if operand is not None):
+            nodes.append(node)
+            dependent.update(node.outputs)
+    return nodes if branch in dependent else []
