@@ -131,8 +131,8 @@ class Scanner:
 def format_value(value: object) -> str:
     """The text that `Scanner.value` reads back as ``value``.
 
-    Raises:
-        PipelineError: the value has no text form (an array, a function).
+    A value of a type without text form (an array, a function) is written as its quoted ``repr``, for people:
+    reading that back ends in a clear error about its type.
     """
     match value:
         case None:
@@ -152,7 +152,7 @@ def format_value(value: object) -> str:
         case collections.abc.Mapping():
             entries = (f"{_format_string(str(key))}={format_value(item)}" for key, item in value.items())
             return f"{{{','.join(entries)}}}"
-    raise PipelineError(f"{value!r} of type {type(value).__name__} has no text form")
+    return _format_string(repr(value))
 
 
 def _format_string(text: str) -> str:
@@ -175,7 +175,7 @@ def plain_value(value: object) -> Any:
             return [plain_value(item) for item in value]
         case collections.abc.Mapping():
             return {str(key): plain_value(item) for key, item in value.items()}
-    return str(value)
+    return str(value) if isinstance(value, pathlib.PurePath) else repr(value)
 
 
 def convert(value: object, annotation: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from ....ir.diff import diff_models
 from ..base import PassResult
 from .base import Instrument, Invocation
 
@@ -26,8 +27,6 @@ class PrintDiff(Instrument):
     def after(self, invocation: Invocation, model: ir.Model, result: PassResult) -> None:
         """Print the difference."""
         del result
-        from ....ir.diff import diff_models
-
         assert invocation.before is not None
         difference = str(diff_models(invocation.before, model))
         self._write(f"--- {invocation.label}\n{difference or 'no change'}")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ....ir import save
-from ....ir.printer import format_model
+from ....ir import clone, format_model, save
 from ..base import PassResult
+from ..facts import facts_of, write_facts
 from .base import Instrument, Invocation
 
 
@@ -39,4 +39,7 @@ class DumpAfterEachPass(Instrument):
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{label}.txt").write_text(format_model(model) + "\n", encoding="utf-8")
         if not self.text_only:
-            save(model, self.folder / f"{label}.onnx")
+            # The file keeps the facts, so that a pipeline can go on from it.
+            dumped = clone(model)
+            write_facts(dumped, facts_of(model))
+            save(dumped, self.folder / f"{label}.onnx")
