@@ -1,0 +1,34 @@
+"""Targets and their bindings: where a compiled model runs, and with which kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..ir.errors import TargetError
+from .onnxruntime_cpu import OnnxruntimeCpu
+from .portable import Portable
+from .target import Binding, BoundModel, Target
+
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu)}
+
+__all__ = ["TARGETS", "Binding", "BoundModel", "Target", "get_target"]
+
+
+def get_target(name: str, **options: Any) -> Target:
+    """The target called ``name`` with its options: ``get_target("onnxruntime-cpu", rows=(1, 128))``.
+
+    Raises:
+        TargetError: no target has that name, or the target has no such option.
+    """
+    target = TARGETS.get(name)
+    if target is None:
+        raise TargetError(f"target: expected one of {sorted(TARGETS)}, found {name!r}")
+    known = [field.name for field in dataclasses.fields(target)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TargetError(
+            f"target {name}: has no option {unknown[0]!r}",
+            hint=f"its options are {known}" if known else "it has none",
+        )
+    return target(**options)

@@ -50,6 +50,14 @@ class Target(abc.ABC):
         ``model`` is not changed.
         """
 
+    def adds_products_in_16_bits(self) -> bool:
+        """Whether the int8 kernel may add pairs of products in 16 bits, where large weights saturate.
+
+        Then a quantisation pass keeps every channel's adjacent pairs of weights small enough (see
+        `planish.passes.quantize.grid`), and the fast kernel is exact.
+        """
+        return False
+
     def providers(self) -> list[Any]:
         """onnxruntime execution providers for the bound model."""
         return ["CPUExecutionProvider"]

@@ -9,6 +9,7 @@ from .definition import DOMAIN, VERSION, OpDefinition, define, inline
 from .dynamic_quantized_linear import dynamic_quantized_linear
 from .quantized_gather import quantized_gather
 from .quantized_linear import quantized_linear
+from .replace import drop_unused_initializer, replace
 
 __all__ = [
     "DOMAIN",
@@ -16,10 +17,12 @@ __all__ = [
     "OpDefinition",
     "container",
     "define",
+    "drop_unused_initializer",
     "dynamic_quantized_linear",
     "inline",
     "integer_tensor",
     "integer_values",
     "quantized_gather",
     "quantized_linear",
+    "replace",
 ]

@@ -80,4 +80,15 @@ def inline(model: ir.Model) -> int:
     calls = sum(node.domain == DOMAIN for node in model.graph.all_nodes())
     InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
     model.opset_imports.pop(DOMAIN, None)
+    for node in model.graph.all_nodes():
+        _drop_trailing_gaps(node)
     return calls
+
+
+def _drop_trailing_gaps(node: ir.Node) -> None:
+    """Drop omitted inputs at the end: an empty name there keeps onnxruntime from fusing DequantizeLinear."""
+    used = len(node.inputs)
+    while used and node.inputs[used - 1] is None:
+        used -= 1
+    if used < len(node.inputs):
+        node.resize_inputs(used)

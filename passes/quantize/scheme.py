@@ -1,0 +1,82 @@
+"""Quantisation schemes by their usual names: how many bits weights and activations get, and the grid's shape.
+
+    W<bits>A16          integer weights, float activations           W8A16, W4A16, W3A16, W2A16
+    W<bits>A16_ASYM     the same with zero points                    W4A16_ASYM
+    W8A8                int8 weights, activations quantised at run time
+
+A16 stands for activations that stay in the model's float type, 16 bits wide or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import onnx_ir as ir
+
+from ...ir.errors import PipelineError
+from .grid import Grid
+
+_SCHEME = re.compile(r"W(?P<bits>[2-8])A(?P<activation_bits>8|16)(?P<asymmetric>_ASYM)?", re.IGNORECASE)
+_GROUP_SIZE_BELOW_5_BITS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What a scheme's name says.
+
+    Attributes:
+        bits: of a weight, 2 to 8.
+        dynamic: activations are quantised too, at run time.
+        symmetric: no zero points.
+        group_size: rows of [K, N] that share a scale; −1 for one scale per output channel.
+    """
+
+    bits: int
+    dynamic: bool
+    symmetric: bool
+    group_size: int
+
+    def grid(self, weight_dtype: ir.DataType, *, clip: bool, limit_pairs: bool) -> Grid:
+        """The grid of one weight of this scheme."""
+        return Grid(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            block_size=max(self.group_size, 0),
+            scale_dtype=weight_dtype.numpy(),
+            clip=clip,
+            limit_pairs=limit_pairs,
+        )
+
+
+def parse_scheme(name: str, group_size: int | None, symmetric: bool | None) -> Scheme:
+    """The scheme called ``name``, with the pass's own options over its defaults.
+
+    Raises:
+        PipelineError: the name is not a scheme, or the options contradict it.
+    """
+    match = _SCHEME.fullmatch(name)
+    if match is None:
+        raise PipelineError(
+            f"quantize: scheme {name!r} is not known",
+            hint="expected W8A8, or W<2…8>A16 with or without _ASYM, such as W4A16",
+        )
+    bits, dynamic = int(match["bits"]), match["activation_bits"] == "8"
+    if match["asymmetric"] and symmetric:
+        raise PipelineError(f"quantize: scheme {name!r} is asymmetric, found symmetric=true")
+    if symmetric is None:
+        symmetric = match["asymmetric"] is None
+    if group_size is None:
+        group_size = _GROUP_SIZE_BELOW_5_BITS if bits < 5 and not dynamic else -1
+    if dynamic and (bits != 8 or not symmetric or group_size != -1):
+        raise PipelineError(
+            f"quantize: {name!r} needs symmetric 8-bit weights and one scale per channel; found bits={bits}, "
+            f"symmetric={str(symmetric).lower()}, group_size={group_size}",
+            hint="use an A16 scheme for groups, zero points or fewer bits",
+        )
+    if group_size != -1 and (group_size < 16 or group_size & (group_size - 1)):
+        raise PipelineError(
+            f"quantize: group_size must be −1 or a power of two from 16, found {group_size}",
+            hint="32, 64 and 128 are usual",
+        )
+    return Scheme(bits, dynamic, symmetric, group_size)
