@@ -39,6 +39,7 @@ def infer_shapes(model: ir.Model, *, for_rewriting: bool = False) -> None:
     finally:
         for node, domain in domains.items():
             node.domain = domain
+    _write_numbers_as_numbers(model)
     if not for_rewriting:
         forget_shape_contents(model)
 
@@ -47,6 +48,22 @@ def forget_shape_contents(model: ir.Model) -> None:
     """Remove what inference noted about the contents of shape tensors: it would end up in the saved file."""
     for value in all_values(model):
         value.metadata_props.pop(onnx_shape_inference.SYM_DATA_KEY, None)
+
+
+def _write_numbers_as_numbers(model: ir.Model) -> None:
+    """A dimension that symbolic arithmetic reduced to a number comes out as the symbol "4"; make it 4."""
+    for value in all_values(model):
+        if value.shape is None:
+            continue
+        names = [dim.value for dim in value.shape if isinstance(dim, ir.SymbolicDim)]
+        if any(name is not None and name.isdecimal() for name in names):
+            value.shape = ir.Shape([_number_or_symbol(dim) for dim in value.shape])
+
+
+def _number_or_symbol(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    if isinstance(dim, int) or dim.value is None or not dim.value.isdecimal():
+        return dim
+    return int(dim.value)
 
 
 def _try_to_infer(model: ir.Model, domains: dict[ir.Node, str], *, adopt_declared_symbols: bool) -> bool:
