@@ -2,7 +2,6 @@
 
 import onnx.parser
 import onnx_ir as ir
-
 from planish.ir import infer_shapes
 
 
