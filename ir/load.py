@@ -100,7 +100,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _parse_hint(path: Path) -> str:
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(32)
     if start.startswith(b"PK\x03\x04"):
         return "this is a torch checkpoint or a zip archive: load it and pass the module to planish.trace"
     if start.startswith(b"version https://git"):
