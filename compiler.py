@@ -148,5 +148,5 @@ def content_hash(model: ir.Model) -> str:
         if tensor is None:
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).view(np.uint8))
+        digest.update(memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)))
     return f"sha256:{digest.hexdigest()}"

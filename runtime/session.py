@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+import torch.utils.dlpack
 
 from ..codegen.target import BoundModel, Target
 from ..ir import clone
@@ -125,7 +126,7 @@ def check_feeds(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> None:
                 )
 
 
-_NUMPY_DTYPES = {
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype("float32"),
     "tensor(double)": np.dtype("float64"),
     "tensor(float16)": np.dtype("float16"),
@@ -136,7 +137,7 @@ _NUMPY_DTYPES = {
 
 
 def _as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
-    tensor = torch.from_dlpack(value._get_c_value())
+    tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
     # DLPack as onnxruntime writes it has no boolean type and hands over the bytes.
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
