@@ -5,9 +5,9 @@
 with q [batch, heads, queries, head_size], k and v [batch, heads, keys, …].
 
 Spellings understood: the scale as Mul or Div, on q, on k, on both or on the scores; additive masks; masks
-by Where with −∞ or a large negative number; one of each (combined into one float mask); Cast to float around
-the Softmax (``softmax_precision``); ``Where(IsNaN(p), 0, p)`` guards, since a fully masked row of Attention
-is zero by definition. Dropout is gone before.
+by Where with −∞ or a large negative number; several of them (combined into one float mask); Cast to float
+around the Softmax (``softmax_precision``); ``Where(IsNaN(p), 0, p)`` guards, since a fully masked row of
+Attention is zero by definition. Dropout is gone before.
 
 Preconditions: scores and probabilities have no other reader; batch and heads of q, k and v are provably
 equal; each mask broadcasts to the scores and not the other way round. A mask with one row for all queries is
@@ -46,11 +46,11 @@ MASKED = -1e9
 
 @dataclass(frozen=True)
 class Scores:
-    """What goes into the Softmax: scale · (q kᵀ), plus ``added``, and −∞ where ``kept`` is false."""
+    """What goes into the Softmax: scale · (q kᵀ), plus all that is ``added``, and −∞ where not ``kept``."""
 
     product: ir.Node
     scale: float = 1.0
-    added: ir.Value | None = None
+    added: tuple[ir.Value, ...] = ()
     kept: ir.Value | None = None
     dropped: ir.Value | None = None
     """The opposite of ``kept``: −∞ where it is true."""
@@ -75,15 +75,15 @@ class AttentionFromMatMuls(Rule):
         value = node.inputs[1]
         if query is None or key is None or value is None:
             return missed(node, "the keys are not transposed")
+        if not query.dtype == key.source.dtype == value.dtype == node.outputs[0].dtype or query.dtype is None:
+            return missed(node, "q, k and v are of different types")
         if not _same_batch_and_heads(query, key.source_dims, value):
             return missed(node, "batch and heads of q, k and v are not known to be equal")
-        if any(
-            mask is not None and not _masks(mask, query, value)
-            for mask in (scores.added, scores.kept, scores.dropped)
-        ):
+        masks = (*scores.added, scores.kept, scores.dropped)
+        if any(mask is not None and not _masks(mask, query, value) for mask in masks):
             return missed(node, "a mask does not have the length of the keys")
-        if scores.added is not None and scores.added.dtype != query.dtype:
-            return missed(node, "the mask is of another type than the queries")
+        if any(mask.dtype != query.dtype for mask in scores.added):
+            return missed(node, "a mask is of another type than the queries")
         replacement = Replacement(node)
         attributes: dict[str, Any] = {"scale": scores.scale * query_scale * key_scale}
         if precision is not None and precision != query.dtype:
@@ -160,11 +160,9 @@ def _scaling(node: ir.Node) -> tuple[ir.Value, float] | None:
 def _peel_mask(node: ir.Node, masks: Scores) -> tuple[ir.Value, Scores] | None:
     """Take one mask off: the scores underneath, and what has been collected."""
     if node.op_type == "Add":
-        if masks.added is not None:
-            return None
         for scores, mask in (node.inputs, reversed(node.inputs)):
             if scores is not None and mask is not None and _is_scores(scores) and not _is_scores(mask):
-                return _checked(node, scores, mask, replace(masks, added=mask))
+                return _checked(node, scores, mask, replace(masks, added=(mask, *masks.added)))
         return None
     condition, kept, filled = node.inputs
     if masks.kept is not None or masks.dropped is not None or condition is None:
@@ -190,16 +188,15 @@ def _is_masked(value: ir.Value | None) -> bool:
     return number is not None and number <= MASKED
 
 
-def _is_scores(value: ir.Value) -> bool:
+def _is_scores(value: ir.Value | None, depth: int = 6) -> bool:
     """Whether the value leads back to a product through scales and masks: tells scores and masks apart."""
     node = producer(value, "MatMul", "Mul", "Div", "Add", "Where")
-    while node is not None and node.op_type != "MatMul":
-        candidates = node.inputs[1:] if node.op_type == "Where" else node.inputs
-        following = [
-            found for each in candidates if (found := producer(each, "MatMul", "Mul", "Div", "Where"))
-        ]
-        node = following[0] if len(following) == 1 else None
-    return node is not None and rank(node.outputs[0]) == 4
+    if node is None or depth == 0:
+        return False
+    if node.op_type == "MatMul":
+        return rank(node.outputs[0]) == 4
+    operands = node.inputs[1:] if node.op_type == "Where" else node.inputs
+    return any(_is_scores(operand, depth - 1) for operand in operands)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -265,28 +262,35 @@ def _mask(replacement: Replacement, scores: Scores, query: ir.Value) -> ir.Value
     kept = scores.kept
     if scores.dropped is not None:
         kept = replacement.op("Not", scores.dropped, like=scores.dropped)
-    mask = kept if scores.added is None else scores.added
-    if mask is None:
+    masks = [mask for mask in (kept, *scores.added) if mask is not None]
+    if not masks:
         return None
-    rows = {(dims(each) or [])[-2] for each in (kept, scores.added) if each is not None}
-    if kept is not None and scores.added is not None:
-        assert scores.added.dtype is not None
-        lowest = np.array(-np.inf, dtype=scores.added.dtype.numpy())
+    rows = {(dims(each) or [])[-2] for each in masks}
+    mask = masks[0] if kept is None or not scores.added else scores.added[0]
+    for further in scores.added[1:]:
+        mask = _typed(replacement.op("Add", mask, further), further)
+    if kept is not None and scores.added:
+        assert mask.dtype is not None
+        lowest = np.array(-np.inf, dtype=mask.dtype.numpy())
         fill = replacement.initializer("masked", ir.tensor(lowest))
-        mask = replacement.op("Where", kept, scores.added, fill)
-        mask.type = scores.added.type
+        mask = _typed(replacement.op("Where", kept, mask, fill), mask)
     if rows == {1} and (dims(query) or [])[2] != 1:
         return _expand_rows(replacement, mask, query)
     return mask
+
+
+def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
+    """``value`` with the element type of ``like``."""
+    value.type = like.type
+    return value
 
 
 def _expand_rows(replacement: Replacement, mask: ir.Value, query: ir.Value) -> ir.Value:
     queries = replacement.op("Shape", query, start=2, end=3)
     assert isinstance(query.graph, ir.Graph)
     one = shape_constant(query.graph, [1])
-    expanded = replacement.op("Expand", mask, replacement.op("Concat", queries, one, axis=0))
-    expanded.type = mask.type
-    return expanded
+    shape = replacement.op("Concat", queries, one, axis=0)
+    return _typed(replacement.op("Expand", mask, shape), mask)
 
 
 def rules(opset: int) -> list[Rule]:

@@ -18,12 +18,15 @@ from .dead_code import merge_common_subexpressions, remove_dead_code
 from .functions import inline_functions
 from .graph_edits import merge, opset
 from .no_ops import remove_no_ops
-from .shape_arithmetic import simplify_shapes
+from .shape_arithmetic import SELECTIONS, simplify_shapes
 from .weight_names import name_weights
 from .weight_ownership import separate_weights
 from .weight_transposes import fold_weight_transposes
 
 Step = Callable[[ir.Model], dict[str, int]]
+
+_SHAPE_ROUNDS = 4
+"""Shapes that take more rounds of inference than this to settle stay computed at run time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,7 @@ class Canonicalize(Pass):
             remove_no_ops,
             remove_dead_code,
             partial(fold_weight_transposes, untie=self.untie),
-            _infer,
-            remove_no_ops,
-            simplify_shapes,
-            fold,
+            partial(_settle_shapes, fold=fold),
             remove_dead_code,
             merge_common_subexpressions,
             _raise_ops,
@@ -77,9 +77,17 @@ class Canonicalize(Pass):
         )
 
 
-def _infer(model: ir.Model) -> dict[str, int]:
-    infer_shapes(model, for_rewriting=True)
-    return {}
+def _settle_shapes(model: ir.Model, *, fold: Step) -> dict[str, int]:
+    """Infer shapes and use them, again as long as what was simplified lets inference see further."""
+    statistics: dict[str, int] = {}
+    for _ in range(_SHAPE_ROUNDS):
+        infer_shapes(model, for_rewriting=True)
+        statistics = merge(statistics, fold(model), remove_no_ops(model))
+        simplified, folded = simplify_shapes(model), fold(model)
+        statistics = merge(statistics, simplified, folded)
+        if not simplified[SELECTIONS] and not folded["constants-folded"]:
+            break
+    return statistics
 
 
 def _raise_ops(model: ir.Model) -> dict[str, int]:

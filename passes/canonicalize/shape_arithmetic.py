@@ -1,6 +1,7 @@
 """Shapes that are known up to symbols are written into the nodes that use them.
 
     Reshape(x[b, s, 64], Concat(Shape(x)[0], Shape(x)[1], 4, 16)) → Reshape(x, [0, 0, 4, 16])
+    Where(shape == −1, 1, shape) → shape
     Reshape(x, shape of x) → x,   Expand(x, shape of x) → x,   Slice(x, 0, all of it) → x
 
 Two dimensions are equal if they are the same number or carry the same symbol: ONNX gives one symbol one value
@@ -17,38 +18,42 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY
 
 from .graph_edits import (
+    add_initializer,
     bypass,
-    constant,
     constant_tensor,
     dims,
     graphs,
     integer,
     integers,
     is_op,
+    producer,
+    rank,
+    remove,
     same_shape,
     shape_constant,
 )
+
+SELECTIONS = "shape-selections-resolved"
+"""The statistic of rewrites after which inference knows more than before."""
 
 END = 2**31 - 1
 """Exporters write "to the end" as the largest int32 or int64."""
 
 
 def simplify_shapes(model: ir.Model) -> dict[str, int]:
-    """Rewrite the Reshape, Expand and Slice nodes of every graph, whose shapes were inferred for rewriting."""
-    statistics = {"shapes-made-constant": 0, "shape-no-ops-removed": 0}
+    """Use what inference found in all graphs; shapes must have been inferred for rewriting."""
+    statistics = {"shapes-made-constant": 0, "shape-no-ops-removed": 0, SELECTIONS: 0}
     for graph in graphs(model):
         for node in graph:
-            rule = NO_OPS.get(node.op_type)
-            if rule is None or not is_op(node, node.op_type) or node.inputs[0] is None:
-                continue
-            if rule(node):
-                statistics["shape-no-ops-removed"] += bypass(node, node.inputs[0])
-            elif node.op_type == "Reshape":
-                statistics["shapes-made-constant"] += _make_shape_constant(node)
+            rule = RULES.get(node.op_type)
+            if rule is not None and is_op(node, node.op_type):
+                name, apply = rule
+                statistics[name] += apply(node)
     return statistics
 
 
@@ -57,14 +62,45 @@ def contents(value: ir.Value | None) -> list[int | str | None] | None:
     if value is None:
         return None
     if constant_tensor(value) is not None:
-        return list(integers(value) or []) if constant(value, limit=64) is not None else None
+        known = integers(value)
+        return None if known is None else list(known)
     noted = value.metadata_props.get(SYM_DATA_KEY)
     return None if noted is None else list(json.loads(noted))
 
 
-def _reshape_is_no_op(node: ir.Node) -> bool:
+def _make_constant(node: ir.Node) -> bool:
+    """Shape arithmetic whose result is known to consist of numbers becomes that constant."""
+    output = node.outputs[0]
+    known, rank_known = contents(output), rank(output)
+    if known is None or rank_known not in (0, 1) or output.dtype != ir.DataType.INT64:
+        return False
+    if output.is_graph_output() or not isinstance(node.graph, ir.Graph):
+        return False
+    entries = [entry for entry in known if isinstance(entry, int)]
+    if len(entries) != len(known) or (rank_known == 0 and len(entries) != 1):
+        return False
+    array = np.array(entries if rank_known else entries[0], dtype=np.int64)
+    output.replace_all_uses_with(add_initializer(node.graph, ir.tensor(array), str(output.name)))
+    remove(node)
+    return True
+
+
+def _reshape(node: ir.Node) -> bool:
+    """A reshape to the shape that is there, or to one that can be written down."""
     value = node.inputs[0]
-    return value is not None and same_shape(value, node.outputs[0])
+    if value is not None and same_shape(value, node.outputs[0]):
+        return bypass(node, value)
+    return _make_constant(node) or _make_shape_constant(node)
+
+
+def _if_no_op(is_no_op: Callable[[ir.Node], bool], kept: int = 0) -> Callable[[ir.Node], bool]:
+    """Remove the node in favour of its input ``kept`` where that is what it returns."""
+
+    def apply(node: ir.Node) -> bool:
+        value = node.inputs[kept]
+        return value is not None and is_no_op(node) and bypass(node, value)
+
+    return apply
 
 
 def _expand_is_no_op(node: ir.Node) -> bool:
@@ -77,6 +113,19 @@ def _expand_is_no_op(node: ir.Node) -> bool:
         wanted == 1 or (wanted is not None and wanted == dim)
         for wanted, dim in zip(reversed(target), reversed(own), strict=False)
     )
+
+
+def _selects_shape(node: ir.Node) -> bool:
+    """Where(shape == −1, 1, shape), for a shape in which nothing is −1: how ``expand(−1, …)`` is exported."""
+    shape = node.inputs[2]
+    equal = producer(node.inputs[0], "Equal")
+    if equal is None or shape is None or rank(shape) != 1:
+        return False
+    for compared, number in (equal.inputs, reversed(equal.inputs)):
+        if compared is shape and set(integers(number) or [0]) == {-1}:
+            known = contents(shape)
+            return known is not None and all(isinstance(e, str) or (e is not None and e >= 0) for e in known)
+    return False
 
 
 def _slice_is_no_op(node: ir.Node) -> bool:
@@ -106,9 +155,12 @@ def _reaches(end: int | str | None, dim: int | str | None) -> bool:
 
 def _make_shape_constant(node: ir.Node) -> bool:
     value, shape = node.inputs[0], node.inputs[1]
-    assert node.graph is not None
-    assert value is not None
-    if shape is None or constant_tensor(shape) is not None or not isinstance(node.graph, ir.Graph):
+    if (
+        value is None
+        or shape is None
+        or constant_tensor(shape) is not None
+        or not isinstance(node.graph, ir.Graph)
+    ):
         return False
     entries = _entries(contents(shape), dims(value), dims(node.outputs[0]))
     if entries is None:
@@ -146,8 +198,17 @@ def _entries(
     return entries
 
 
-NO_OPS: dict[str, Callable[[ir.Node], bool]] = {
-    "Expand": _expand_is_no_op,
-    "Reshape": _reshape_is_no_op,
-    "Slice": _slice_is_no_op,
+NO_OPS, CONSTANTS = "shape-no-ops-removed", "shapes-made-constant"
+
+RULES: dict[str, tuple[str, Callable[[ir.Node], bool]]] = {
+    "Concat": (CONSTANTS, _make_constant),
+    "Expand": (NO_OPS, _if_no_op(_expand_is_no_op)),
+    "Gather": (CONSTANTS, _make_constant),
+    "Reshape": (CONSTANTS, _reshape),
+    "Shape": (CONSTANTS, _make_constant),
+    "Slice": (NO_OPS, _if_no_op(_slice_is_no_op)),
+    "Squeeze": (CONSTANTS, _make_constant),
+    "Unsqueeze": (CONSTANTS, _make_constant),
+    "Where": (SELECTIONS, _if_no_op(_selects_shape, kept=2)),
 }
+"""By op: under which statistic it counts, and the rewrite."""
