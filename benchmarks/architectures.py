@@ -209,7 +209,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "ResNet",
         _model("ResNet", "Model", embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
     ),
-    _convolutional("MobileNetV2", _model("MobileNetV2", "Model", depth_multiplier=0.35)),
+    # Its padding, as in TensorFlow, is computed in Python from the image size, which fixes the size.
+    Architecture(
+        name="MobileNetV2",
+        build=_model("MobileNetV2", "Model", depth_multiplier=0.35),
+        example=_images(2, 64, 64),
+        calls=(_images(1, 64, 64), _images(5, 64, 64)),
+    ),
     _convolutional(
         "SegFormer",
         _model(

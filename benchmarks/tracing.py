@@ -212,9 +212,9 @@ def dynamic_dims(model: ir.Model) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """Lay the rows out for the terminal."""
-    result = Table(title="Tracing", show_lines=False)
+    result = Table(title="Tracing")
     for column in COLUMNS:
-        result.add_column(column, overflow="fold")
+        result.add_column(column)
     for row in rows:
         result.add_row(*cells(row), style="" if row.passed else "red")
     return result
@@ -261,11 +261,12 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [by_name(name) for name in arguments.only or ()] or ARCHITECTURES
     console = Console()
+    wide = Console(width=240)
     rows = []
     for architecture in chosen:
         rows.append(measure(architecture, every_stage=arguments.every_stage))
-        console.print(" | ".join(cells(rows[-1])), style="" if rows[-1].passed else "red")
-    console.print(table(rows))
+        console.print(" | ".join(cells(rows[-1])), style="" if rows[-1].passed else "red", soft_wrap=True)
+    wide.print(table(rows))
     if not arguments.only:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(markdown(rows), encoding="utf-8")

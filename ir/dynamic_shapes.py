@@ -141,7 +141,10 @@ def check_specialised(dims: DynamicDims, shapes: Mapping[str, Sequence[Any]]) ->
             size = fixed_size(shapes[name][axis])
             if size is None:
                 continue
-            sentence = f"dimension {axis} ({dim.label}) of {name!r} is fixed at {size} by the model's code"
+            sentence = (
+                f"dimension {axis} ({dim.label}) of {name!r} is fixed at {size} by the model's code"
+                f"{_fixing_line(shapes[name][axis])}"
+            )
             if dim.required:
                 raise TraceError(
                     sentence,
@@ -157,13 +160,15 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     return None if value is None else int(value)
 
 
-def label_shapes(model: ir.Model, dims: DynamicDims, names: Sequence[str]) -> tuple[str, ...]:
+def label_shapes(
+    model: ir.Model, dims: DynamicDims, shapes: Mapping[str, Sequence[int | torch.SymInt]]
+) -> tuple[str, ...]:
     """Replace torch.export's symbols by the labels in the shapes of all values of the model.
 
     Args:
         model: a freshly converted model.
         dims: the labels, by the names under which the inputs were traced.
-        names: those names, in the order of the graph's inputs.
+        shapes: the shapes of the exported inputs by those names, in the order of the graph's inputs.
 
     Returns:
         A remark for each label that the model requires to be equal to another one.
@@ -171,13 +176,16 @@ def label_shapes(model: ir.Model, dims: DynamicDims, names: Sequence[str]) -> tu
     labels: dict[str, str] = {}
     derived: list[tuple[ir.Value, int, str]] = []
     remarks = []
-    for value, name in zip(model.graph.inputs, names, strict=True):
+    for value, name in zip(model.graph.inputs, shapes, strict=True):
         for axis, dim in dims.get(name, {}).items():
             symbol = value.shape[axis] if value.shape is not None else None
             if not isinstance(symbol, ir.SymbolicDim) or symbol.value is None:
                 continue
             text = symbol.value
-            if not _SYMBOL.fullmatch(text):
+            fixed = fixed_size(shapes[name][axis])
+            if fixed is not None:
+                labels[text] = str(fixed)
+            elif not _SYMBOL.fullmatch(text):
                 derived.append((value, axis, dim.label))
             elif labels.setdefault(text, dim.label) != dim.label:
                 remarks.append(f"the model's code requires {dim.label} to be equal to {labels[text]}")
@@ -193,6 +201,20 @@ def relabel(model: ir.Model, labels: Mapping[str, str]) -> None:
     for value in _all_values(model):
         if value.shape is not None and any(str(dim) in labels for dim in value.shape):
             value.shape = ir.Shape([labels.get(str(dim), dim) for dim in value.shape])
+
+
+def _fixing_line(size: int | torch.SymInt) -> str:
+    """Give " at file:line" of the code that fixed a size, which torch keeps for each symbol it replaces."""
+    if isinstance(size, int):
+        return ""
+    locations = getattr(size.node.shape_env, "replacements_slocs", {})
+    location = locations.get(getattr(size.node, "_expr", None))
+    if location is None:
+        return ""
+    if location.maybe_user_loc is not None:
+        return f" at {location.maybe_user_loc}"
+    frame = location.framework_loc
+    return f" at {frame.filename}:{frame.lineno}"
 
 
 def _rename_symbols(model: ir.Model, labels: Mapping[str, str]) -> None:

@@ -130,15 +130,15 @@ def trace_flat(
     names = list(tensors)
     flat = FlatModule(module, call)
     program = export(flat, enlarge(tensors, dims), dims)
-    shapes = [value.shape for value in input_values(program)]
-    remarks = check_specialised(dims, dict(zip(names, shapes, strict=True)))
+    shapes = {name: value.shape for name, value in zip(names, input_values(program), strict=True)}
+    remarks = check_specialised(dims, shapes)
     model = convert(program, opset=opset, title=type(module).__name__)
     parameters = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     tidy(model, parameters=parameters, input_names=names, output_names=flat.outputs.names)
-    remarks += label_shapes(model, dims, names)
+    remarks += label_shapes(model, dims, shapes)
     return Traced(model=model, outputs=flat.outputs, remarks=remarks)
 
 

@@ -219,7 +219,7 @@ def _trace_program(program: torch.export.ExportedProgram, dynamic_shapes: Any, o
         output_tree=program.call_spec.out_spec,
         output_constants=tuple(constants.items()),
     )
-    model.meta[REMARKS_KEY] = label_shapes(model, open_dims, list(paths))
+    model.meta[REMARKS_KEY] = label_shapes(model, open_dims, shapes)
     return model
 
 
