@@ -18,7 +18,7 @@ from .dead_code import merge_common_subexpressions, remove_dead_code
 from .functions import inline_functions
 from .graph_edits import merge, opset
 from .no_ops import remove_no_ops
-from .shape_arithmetic import SELECTIONS, simplify_shapes
+from .shape_arithmetic import SELECTIONS, forget_anonymous_symbols, simplify_shapes
 from .weight_names import name_weights
 from .weight_ownership import separate_weights
 from .weight_transposes import fold_weight_transposes
@@ -81,6 +81,7 @@ def _settle_shapes(model: ir.Model, *, fold: Step) -> dict[str, int]:
     """Infer shapes and use them, again as long as what was simplified lets inference see further."""
     statistics: dict[str, int] = {}
     for _ in range(_SHAPE_ROUNDS):
+        forget_anonymous_symbols(model)
         infer_shapes(model, for_rewriting=True)
         statistics = merge(statistics, fold(model), remove_no_ops(model))
         simplified, folded = simplify_shapes(model), fold(model)

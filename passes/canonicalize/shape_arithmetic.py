@@ -16,6 +16,7 @@ introduced, because runtimes refuse it when that dimension is empty.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +35,7 @@ from .graph_edits import (
     producer,
     rank,
     remove,
+    replace_node,
     same_shape,
     shape_constant,
 )
@@ -41,8 +43,21 @@ from .graph_edits import (
 SELECTIONS = "shape-selections-resolved"
 """The statistic of rewrites after which inference knows more than before."""
 
+ANONYMOUS = re.compile(r"\b_d\d+\b")
+"""Symbols that onnx-shape-inference makes up, alone or within an expression."""
+
 END = 2**31 - 1
 """Exporters write "to the end" as the largest int32 or int64."""
+
+
+def forget_anonymous_symbols(model: ir.Model) -> None:
+    """Drop shapes with a symbol that inference made up: it keeps what is there, and may know better now."""
+    for graph in graphs(model):
+        for node in graph:
+            for value in node.outputs:
+                symbols = [dim for dim in dims(value) or () if isinstance(dim, str)]
+                if any(ANONYMOUS.search(symbol) for symbol in symbols) and not value.is_graph_output():
+                    value.shape = None
 
 
 def simplify_shapes(model: ir.Model) -> dict[str, int]:
@@ -93,11 +108,11 @@ def _reshape(node: ir.Node) -> bool:
     return _make_constant(node) or _make_shape_constant(node)
 
 
-def _if_no_op(is_no_op: Callable[[ir.Node], bool], kept: int = 0) -> Callable[[ir.Node], bool]:
-    """Remove the node in favour of its input ``kept`` where that is what it returns."""
+def _if_no_op(is_no_op: Callable[[ir.Node], bool]) -> Callable[[ir.Node], bool]:
+    """Remove the node in favour of its first input where that is what it returns."""
 
     def apply(node: ir.Node) -> bool:
-        value = node.inputs[kept]
+        value = node.inputs[0]
         return value is not None and is_no_op(node) and bypass(node, value)
 
     return apply
@@ -115,17 +130,40 @@ def _expand_is_no_op(node: ir.Node) -> bool:
     )
 
 
-def _selects_shape(node: ir.Node) -> bool:
-    """Where(shape == −1, 1, shape), for a shape in which nothing is −1: how ``expand(−1, …)`` is exported."""
-    shape = node.inputs[2]
-    equal = producer(node.inputs[0], "Equal")
-    if equal is None or shape is None or rank(shape) != 1:
+def _select_shape(node: ir.Node) -> bool:
+    """Where(shape == −1, 1, shape): how ``expand(−1, …)`` is exported. The constant parts decide now."""
+    shape, equal = node.inputs[2], producer(node.inputs[0], "Equal")
+    if equal is None or shape is None or rank(shape) != 1 or set(integers(node.inputs[1]) or [0]) != {1}:
         return False
-    for compared, number in (equal.inputs, reversed(equal.inputs)):
-        if compared is shape and set(integers(number) or [0]) == {-1}:
-            known = contents(shape)
-            return known is not None and all(isinstance(e, str) or (e is not None and e >= 0) for e in known)
-    return False
+    if not any(
+        compared is shape and set(integers(number) or [0]) == {-1}
+        for compared, number in (equal.inputs, reversed(equal.inputs))
+    ):
+        return False
+    known = contents(shape)
+    if known is None or None in known:
+        return False
+    if -1 not in known:
+        return bypass(node, shape)
+    return _replace_minus_ones(node, shape)
+
+
+def _replace_minus_ones(node: ir.Node, shape: ir.Value) -> bool:
+    """Concat(a, −1, …) with 1 for −1, if each −1 is in a constant part."""
+    concat = producer(shape, "Concat")
+    if concat is None or not isinstance(node.graph, ir.Graph):
+        return False
+    parts = [(part, contents(part)) for part in concat.inputs]
+    if any(entry is None or (-1 in entry and constant_tensor(part) is None) for part, entry in parts):
+        return False
+    inputs = [
+        shape_constant(node.graph, [1 if e == -1 else int(e) for e in entry if e is not None])
+        if entry is not None and -1 in entry
+        else part
+        for part, entry in parts
+    ]
+    replace_node(node, "Concat", inputs, {"axis": 0})
+    return True
 
 
 def _slice_is_no_op(node: ir.Node) -> bool:
@@ -209,6 +247,6 @@ RULES: dict[str, tuple[str, Callable[[ir.Node], bool]]] = {
     "Slice": (NO_OPS, _if_no_op(_slice_is_no_op)),
     "Squeeze": (CONSTANTS, _make_constant),
     "Unsqueeze": (CONSTANTS, _make_constant),
-    "Where": (SELECTIONS, _if_no_op(_selects_shape, kept=2)),
+    "Where": (SELECTIONS, _select_shape),
 }
 """By op: under which statistic it counts, and the rewrite."""
