@@ -36,6 +36,7 @@ class TensorDifference:
         op: that node's op.
         layer: the layer it belongs to: the torch module if known, else the owner of the node's weights.
         changed_weights: initializers that the node reads whose values are not the same in both graphs.
+        vanished: tensors that the reference computes right before this one and that are gone.
     """
 
     tensor: str
@@ -45,11 +46,14 @@ class TensorDifference:
     op: str
     layer: str
     changed_weights: tuple[str, ...] = ()
+    vanished: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         layer = f"layer {self.layer!r}, " if self.layer else ""
-        weights = f"; weight {self.changed_weights[0]!r} has changed" if self.changed_weights else ""
-        return f"tensor {self.tensor!r} ({layer}{self.op} node {self.node!r}) differs {self.detail}{weights}"
+        text = f"tensor {self.tensor!r} ({layer}{self.op} node {self.node!r}) differs {self.detail}"
+        if self.changed_weights:
+            return f"{text}; weight {self.changed_weights[0]!r} has changed"
+        return f"{text}; {self.vanished[0]!r} before it is gone" if self.vanished else text
 
 
 def relative_error(value: Any, reference: Any) -> tuple[float, str]:
@@ -106,14 +110,14 @@ def first_difference(
         None if no tensor that both graphs have differs.
     """
     wanted = [value for value in after.graph.outputs if outputs is None or value.name in outputs]
-    names_before = {value.name for node in before.graph for value in node.outputs}
+    producers = {value.name: node for node in before.graph for value in node.outputs}
     needed = _ancestors(wanted)
     candidates = [
         value
         for node in after.graph
         if node in needed
         for value in node.outputs
-        if value.name in names_before and (value.uses() or value.is_graph_output())
+        if value.name in producers and (value.uses() or value.is_graph_output())
     ]
     for chunk in _chunks(candidates):
         names = [value.name or "" for value in chunk]
@@ -121,7 +125,7 @@ def first_difference(
         for value, name in zip(chunk, names, strict=True):
             error, detail = relative_error(found[name], reference[name])
             if error > tolerance:
-                return _describe(value, error, detail, before)
+                return _describe(value, error, detail, before, after)
     return None
 
 
@@ -167,7 +171,9 @@ def _chunks(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
         yield values[start : start + _CHUNK]
 
 
-def _describe(value: ir.Value, error: float, detail: str, before: ir.Model) -> TensorDifference:
+def _describe(
+    value: ir.Value, error: float, detail: str, before: ir.Model, after: ir.Model
+) -> TensorDifference:
     node = value.producer()
     assert node is not None
     changed = tuple(
@@ -175,14 +181,18 @@ def _describe(value: ir.Value, error: float, detail: str, before: ir.Model) -> T
         for weight in node.inputs
         if weight is not None and weight.name in before.graph.initializers and _has_changed(weight, before)
     )
+    lost = _lost_nodes(value.name or "", before, after)
+    # A node with changed weights is the culprit itself; else what is gone from right before it may be.
+    suspects = [node, *lost] if changed or not lost else [*lost, node]
     return TensorDifference(
         tensor=value.name or "",
         error=error,
         detail=detail,
         node=node.name or "",
         op=node.op_type,
-        layer=layer_of(node) or _layer_before(value, before),
+        layer=next((layer for suspect in suspects if (layer := layer_of(suspect))), ""),
         changed_weights=changed,
+        vanished=tuple(suspect.outputs[0].name or "" for suspect in lost),
     )
 
 
@@ -193,9 +203,17 @@ def _has_changed(weight: ir.Value, before: ir.Model) -> bool:
     return now.dtype != then.dtype or not np.array_equal(now.numpy(), then.numpy())
 
 
-def _layer_before(value: ir.Value, before: ir.Model) -> str:
-    """The layer of the tensor's producer in the graph before, for a rewrite that lost it."""
-    for node in before.graph:
-        if any(output.name == value.name for output in node.outputs):
-            return layer_of(node)
-    return ""
+def _lost_nodes(tensor: str, before: ir.Model, after: ir.Model) -> list[ir.Node]:
+    """The nodes of ``before`` between ``tensor`` and the tensors that both graphs have, nearest first.
+
+    The tensors that both have and that come before the first difference agree, so the fault lies here.
+    """
+    kept = {value.name for node in after.graph for value in node.outputs}
+    pending = [node for node in before.graph if any(value.name == tensor for value in node.outputs)]
+    lost: dict[ir.Node, None] = {}
+    while pending:
+        for previous in pending.pop().predecessors():
+            if previous not in lost and all(value.name not in kept for value in previous.outputs):
+                lost[previous] = None
+                pending.append(previous)
+    return list(lost)

@@ -35,6 +35,7 @@ import onnxscript.optimizer
 from onnxscript.rewriter import RewriteRule
 
 from ...ir.errors import PassError
+from .rewrite_limit import RewriteLimit, current_limit
 
 ANY_OP = "*"
 """As a root: the rule is offered every node."""
@@ -241,7 +242,7 @@ class Replacement:
     def shape(self, *dims: int) -> ir.Value:
         """The constant that Reshape takes; equal shapes are one initializer."""
         graph = self._run.model.graph
-        name = "shape_" + "x".join("m1" if dim == -1 else str(dim) for dim in dims)
+        name = "planish.shape." + "x".join(str(dim) for dim in dims)
         existing = graph.initializers.get(name)
         if existing is not None and existing.const_value is not None:
             known = existing.const_value
@@ -403,6 +404,7 @@ class _Driver:
         self.hits = hits
         self.session = run
         self.statistics = _statistics.get()
+        self.limit = current_limit()
         self.budget = _REWRITES_PER_NODE * (len(graph) + 50)
 
     def run(self) -> None:
@@ -439,6 +441,8 @@ class _Driver:
         return []
 
     def _try(self, rule: Rule, node: ir.Node) -> bool:
+        if self.limit is not None:
+            return self._try_within(self.limit, rule, node)
         self.session.rule_name = rule.name
         if self.statistics is None:
             return rule.apply(node)
@@ -449,6 +453,15 @@ class _Driver:
         row.tries += 1
         row.hits += hit
         return hit
+
+    def _try_within(self, limit: RewriteLimit, rule: Rule, node: ir.Node) -> bool:
+        """Try a rule while bisection still allows rewrites, and tell it of a hit."""
+        name = node.name or ""  # before the rewrite gives it to another node
+        self.session.rule_name = rule.name
+        if limit.is_reached or not rule.apply(node):
+            return False
+        limit.record(rule.name, name)
+        return True
 
     def _charge(self, rule: Rule, node: ir.Node) -> None:
         self.hits[rule.name] += 1
