@@ -148,5 +148,5 @@ def content_hash(model: ir.Model) -> str:
         if tensor is None:
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)))
+        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     return f"sha256:{digest.hexdigest()}"
