@@ -103,13 +103,36 @@ class _Run:
         self.value_names: set[str] = set()
         self.node_names: set[str] = set()
         self.new_nodes: list[ir.Node] = []
+        self.dead: dict[ir.Node, ir.Graph] = {}
         self.rule_name = ""
-        for graph in model.graphs():
+        for graph in _graphs(model):
             self.value_names.update(graph.initializers)
             self.value_names.update(value.name or "" for value in graph.inputs)
             for node in graph:
                 self.node_names.add(node.name or "")
                 self.value_names.update(value.name or "" for value in node.outputs)
+
+    def bury(self) -> None:
+        """Take the dead nodes out of their graphs, all at once: each removal looks at every graph output."""
+        for graph in dict.fromkeys(self.dead.values()):
+            graph.remove([node for node in self.dead if node.graph is graph], safe=True)
+        self.dead.clear()
+
+
+_GRAPH_ATTRIBUTES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
+
+
+def _graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph and all subgraphs, outer ones first."""
+    found = [model.graph]
+    for graph in found:
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    found.append(attribute.as_graph())
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    found.extend(attribute.as_graphs())
+    return found
 
 
 _run: ContextVar[_Run | None] = ContextVar("rewriting", default=None)
@@ -125,11 +148,13 @@ def rewriting(model: ir.Model) -> Iterator[None]:
     if current is not None and current.model is model:
         yield
         return
-    token = _run.set(_Run(model))
+    run = _Run(model)
+    token = _run.set(run)
     try:
         yield
     finally:
         _run.reset(token)
+        run.bury()
 
 
 def _current_run() -> _Run:
@@ -325,30 +350,39 @@ def check_op_exists(graph: ir.Graph, model: ir.Model, op_type: str, domain: str)
         )
 
 
+def detach(node: ir.Node) -> None:
+    """Take a node off its inputs' lists of users."""
+    for position, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(position, None)
+
+
 def remove_dead(nodes: Iterable[ir.Node]) -> None:
     """Remove those of ``nodes`` that nothing reads, then what only they read, unused initializers included.
 
-    Nodes that hold subgraphs stay: their inner uses of outer values are for a dead-code pass to take apart.
+    They stop reading their inputs at once and leave the graph with the rest of the sweep's dead. Nodes that
+    hold subgraphs stay: their inner uses of outer values are for a dead-code pass to take apart.
     """
+    dead = _current_run().dead
     pending = list(nodes)
     while pending:
         node = pending.pop()
         graph = node.graph
-        if graph is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
+        if graph is None or node in dead:
+            continue
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
             continue
         if any(attribute.type in _GRAPH_ATTRIBUTES for attribute in node.attributes.values()):
             continue
         inputs = [value for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
+        detach(node)
+        dead[node] = graph
         for value in inputs:
             producer = value.producer()
             if producer is not None:
                 pending.append(producer)
             else:
                 _remove_unused_initializer(value)
-
-
-_GRAPH_ATTRIBUTES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def _remove_unused_initializer(value: ir.Value) -> None:
@@ -382,7 +416,7 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> dict[str, int]:
             index[root] = sorted([*candidates, *anywhere], key=lambda rule: position[id(rule)])
     hits = dict.fromkeys((rule.name for rule in rules), 0)
     with rewriting(model):
-        for graph in list(model.graphs()):
+        for graph in _graphs(model):
             _Driver(graph, index, anywhere, hits, _current_run()).run()
     return hits
 
@@ -418,9 +452,12 @@ class _Driver:
             pending = [node]
             while pending:
                 current = pending.pop()
-                if current.graph is self.graph and (touched := self._rewrite(current)):
+                if current.graph is not self.graph or current in self.session.dead:
+                    continue
+                if touched := self._rewrite(current):
                     changed = True
                     pending.extend(touched)
+        self.session.bury()
         return changed
 
     def _rewrite(self, node: ir.Node) -> list[ir.Node]:
@@ -517,7 +554,7 @@ class PatternRule(Rule):
         reason = self._objection(graph, run.model, delta)
         if reason:
             for new in delta.new_nodes:
-                _detach(new)
+                detach(new)
             graph.opset_imports.clear()
             graph.opset_imports.update(imports)
             return missed(node, reason)
@@ -540,9 +577,3 @@ class PatternRule(Rule):
             if not _op_exists(new.op_type, version, new.domain):
                 return f"the replacement needs {new.op_type}, which opset {version} does not have"
         return None
-
-
-def _detach(node: ir.Node) -> None:
-    """Take a node that was never put in off its inputs' lists of users."""
-    for position in range(len(node.inputs)):
-        node.replace_input_with(position, None)
