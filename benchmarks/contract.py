@@ -19,11 +19,13 @@ import numpy as np
 import onnx_ir as ir
 from planish.codegen import get_target
 from planish.ir import clone
+from planish.ir.printer import SCOPES_KEY
 from planish.passes.infrastructure.base import Pass, PassContext, PassResult
 from planish.passes.infrastructure.bisect import BisectResult, bisect
 from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.infrastructure.instruments import ContractBrokenError, ContractCheck, VerifyAfterEachPass
 from planish.passes.infrastructure.pipeline import Pipeline
+from planish.passes.infrastructure.rewriter import Replacement, Rule, apply_rules
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 6, 64, 256, 97
 
@@ -57,6 +59,7 @@ def build_model(seed: int = 0) -> ir.Model:
     def op(kind: str, *inputs: ir.Value, name: str, **attributes: object) -> ir.Value:
         node = ir.node(kind, inputs, attributes, name=f"{name}.node", version=23)  # type: ignore[arg-type]
         node.outputs[0].name = name
+        node.metadata_props[SCOPES_KEY] = str(["", name.removesuffix(".matmul"), kind.lower()])
         nodes.append(node)
         return node.outputs[0]
 
@@ -152,11 +155,34 @@ class SwappedWeights(WrongPass):
         first.const_value, second.const_value = second.const_value, first.const_value
 
 
+class _LoseGelu(Rule):
+    """Takes every GELU for its cheaper approximation by a ReLU, from the first one on."""
+
+    name = "gelu_to_relu"
+    roots = ("Gelu",)
+
+    def apply(self, node: ir.Node) -> bool:
+        """Gelu(x) → Relu(x)."""
+        replacement = Replacement(node)
+        return replacement.finish(replacement.op("Relu", node.inputs[0], like=node.outputs[0]))
+
+
+class WrongRule(WrongPass):
+    """Rewrites by a wrong rule, at one layer after the other."""
+
+    name = "wrong_rule"
+
+    def break_layer(self, model: ir.Model) -> None:
+        """Gelu(x) → Relu(x)."""
+        apply_rules(model, [_LoseGelu()])
+
+
 WRONG_PASSES: tuple[tuple[type[WrongPass], str], ...] = (
     (WrongScale, "model.layers.3.up_proj"),
     (SwappedWeights, "model.layers.1.down_proj"),
     (DroppedBias, "model.layers.4.down_proj"),
     (ChangedEpsilon, "model.layers.2.norm"),
+    (WrongRule, "model.layers.0.act"),
 )
 
 
@@ -230,11 +256,10 @@ def table(cases: Sequence[Case], is_silent: bool) -> str:
     ]
     for case in cases:
         first = case.caught.first if case.caught else None
-        culprit = case.found.culprit.name if case.found.culprit else "nothing"
         lines.append(
             f"| {case.wrong.name} | {case.position + 1} | `{case.wrong.layer}` "
             f"| `{first.layer if first else ''}` | `{first.tensor if first else 'not caught'}` "
-            f"| {culprit} (number {case.found.position + 1}) | {case.found.runs} "
+            f"| {_found_text(case.found)} | {case.found.runs} "
             f"| {'yes' if case.is_right else '**no**'} |"
         )
     right = sum(case.is_right for case in cases)
@@ -249,6 +274,13 @@ def table(cases: Sequence[Case], is_silent: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _found_text(found: BisectResult) -> str:
+    if found.culprit is None:
+        return "nothing"
+    text = f"{found.culprit.name}, number {found.position + 1}"
+    return f"{text}, rewrite `{found.rewrite.rule}` at `{found.rewrite.node}`" if found.rewrite else text
 
 
 def main() -> int:

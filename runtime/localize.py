@@ -7,6 +7,7 @@ lies at or right behind the rewrite that broke it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,8 @@ class TensorDifference:
         detail: what differs, in words: ``by 0.5 relative`` or ``shape [2, 3] instead of [2, 4]``.
         node: name of the node that computes it now.
         op: that node's op.
-        layer: the layer it belongs to: the torch module if known, else the owner of the node's weights.
+        layer: the layer it belongs to: the torch module if known, else the owner of the node's weights, else
+            the nearest layer that the node depends on.
         changed_weights: initializers that the node reads whose values are not the same in both graphs.
         vanished: tensors that the reference computes right before this one and that are gone.
     """
@@ -140,6 +142,20 @@ def layer_of(node: ir.Node) -> str:
     return ""
 
 
+def _nearest_layer(nodes: Sequence[ir.Node]) -> str:
+    """The layer of the first of ``nodes`` that has one, else of the nearest node that they depend on."""
+    pending = collections.deque(nodes)
+    seen = set(nodes)
+    while pending:
+        node = pending.popleft()
+        if layer := layer_of(node):
+            return layer
+        previous = [before for before in node.predecessors() if before not in seen]
+        seen.update(previous)
+        pending.extend(previous)
+    return ""
+
+
 def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
     """The nodes that values depend on, those that feed subgraphs from outside included."""
     pending = [node for value in values if (node := value.producer()) is not None]
@@ -190,7 +206,7 @@ def _describe(
         detail=detail,
         node=node.name or "",
         op=node.op_type,
-        layer=next((layer for suspect in suspects if (layer := layer_of(suspect))), ""),
+        layer=_nearest_layer(suspects),
         changed_weights=changed,
         vanished=tuple(suspect.outputs[0].name or "" for suspect in lost),
     )
