@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_shape_inference
 from onnx_shape_inference import OpUsageError, ShapeInferenceError
 
-from .walk import all_nodes, all_values
+from .walk import all_nodes, all_values, subgraphs_of
 
 _PASSED_OVER = "planish.passed_over"
 """The domain that nodes are moved to while they are passed over: no op is registered for it."""
@@ -33,9 +33,18 @@ def infer_shapes(model: ir.Model, *, for_rewriting: bool = False) -> None:
     """
     domains: dict[ir.Node, str] = {}  # of the nodes that are passed over
     _pass_over([node for node in all_nodes(model) if _is_misjudged(node)], domains)
+    conditionals = [node for node in all_nodes(model) if node.op_type == "If" and node.domain == ""]
+    known = {value: (value.type, value.shape) for value in all_values(model)} if conditionals else {}
     try:
-        while not _try_to_infer(model, domains, adopt_declared_symbols=not for_rewriting):
-            pass
+        while True:
+            while not _try_to_infer(model, domains, adopt_declared_symbols=not for_rewriting):
+                pass
+            guessed = [node for node in conditionals if node not in domains and _is_guessed(node)]
+            if not guessed:
+                break
+            _pass_over(guessed, domains)
+            for value, (value_type, shape) in known.items():
+                value.type, value.shape = value_type, shape
     finally:
         for node, domain in domains.items():
             node.domain = domain
@@ -97,6 +106,13 @@ def _is_misjudged(node: ir.Node) -> bool:
         policy = node.attributes.get("keep_aspect_ratio_policy")
         return policy is not None and policy.value != "stretch"
     return False
+
+
+def _is_guessed(node: ir.Node) -> bool:
+    """Whether only one branch of an If knows its shape: the package (0.4.0) takes it for both."""
+    branches = list(subgraphs_of(node))
+    outputs = zip(*(branch.outputs for branch in branches), strict=False)
+    return any(len({value.shape is None for value in values}) > 1 for values in outputs)
 
 
 def _failed_nodes(
