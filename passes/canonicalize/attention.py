@@ -4,10 +4,10 @@
 
 with q [batch, heads, queries, head_size], k and v [batch, heads, keys, …].
 
-Spellings understood: the scale as Mul or Div, on q, on k, on both or on the scores; additive masks; masks
-by Where with −∞ or a large negative number; several of them (combined into one float mask); Cast to float
-around the Softmax (``softmax_precision``); ``Where(IsNaN(p), 0, p)`` guards, since a fully masked row of
-Attention is zero by definition. Dropout is gone before.
+Spellings understood: a soft cap c · tanh(· / c) before the masks; the scale as Mul or Div, on q, on k, on
+both or on the scores; additive masks; masks by Where with −∞ or a large negative number; several of them
+(combined into one float mask); Cast to float around the Softmax (``softmax_precision``); ``Where(IsNaN(p),
+0, p)`` guards, since a fully masked row of Attention is zero by definition. Dropout is gone before.
 
 Preconditions: scores and probabilities have no other reader; batch and heads of q, k and v are provably
 equal; each mask broadcasts to the scores and not the other way round. A mask with one row for all queries is
@@ -54,6 +54,8 @@ class Scores:
     kept: ir.Value | None = None
     dropped: ir.Value | None = None
     """The opposite of ``kept``: −∞ where it is true."""
+    softcap: float = 0.0
+    """c, where the scaled product goes through c · tanh(· / c) before the masks; 0: it does not."""
 
 
 class AttentionFromMatMuls(Rule):
@@ -88,6 +90,8 @@ class AttentionFromMatMuls(Rule):
         attributes: dict[str, Any] = {"scale": scores.scale * query_scale * key_scale}
         if precision is not None and precision != query.dtype:
             attributes["softmax_precision"] = int(precision)
+        if scores.softcap:
+            attributes["softcap"] = scores.softcap
         keys = key.build(replacement)
         mask = _mask(replacement, scores, query)
         inputs = [query, keys, value] if mask is None else [query, keys, value, mask]
@@ -129,6 +133,10 @@ def _scores(softmax: ir.Node) -> Scores | None:
             return None
         if node.op_type == "MatMul":
             return replace(masks, product=node, scale=scale)
+        capped = _softcap(node) if scale == 1.0 and not masks.softcap else None
+        if capped is not None:
+            value, masks = capped[0], replace(masks, softcap=capped[1])
+            continue
         if node.op_type in ("Mul", "Div"):
             step = _scaling(node)
             # A scale between two masks would scale the inner one too.
@@ -136,11 +144,25 @@ def _scores(softmax: ir.Node) -> Scores | None:
                 return None
             value, scale = step[0], scale * step[1]
             continue
-        peeled = _peel_mask(node, masks) if scale == 1.0 else None
+        peeled = _peel_mask(node, masks) if scale == 1.0 and not masks.softcap else None
         if peeled is None:
             return None
         value, masks = peeled
     return None
+
+
+def _softcap(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, c) if ``node`` is c · tanh(x / c) (Gemma 2)."""
+    step = _scaling(node) if node.op_type == "Mul" else None
+    tanh = producer(step[0], "Tanh") if step is not None else None
+    inner = producer(tanh.inputs[0], "Mul", "Div") if tanh is not None else None
+    scaled = _scaling(inner) if inner is not None else None
+    if step is None or tanh is None or scaled is None or step[1] <= 0:
+        return None
+    if not math.isclose(step[1] * scaled[1], 1.0, rel_tol=1e-6):
+        return None
+    between = (step[0], tanh.inputs[0])
+    return (scaled[0], step[1]) if all(each is not None and only_use(each) for each in between) else None
 
 
 def _scaling(node: ir.Node) -> tuple[ir.Value, float] | None:

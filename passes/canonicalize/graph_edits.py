@@ -82,7 +82,12 @@ def dims(value: ir.Value | None) -> list[int | str | None] | None:
     """The dimensions, each an int, a symbol's name or ``None``; ``None`` if the rank is unknown."""
     if value is None or value.shape is None:
         return None
-    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return [dim if isinstance(dim, int) else as_dim(dim.value) for dim in value.shape]
+
+
+def as_dim(entry: int | str | None) -> int | str | None:
+    """A dimension as inference gives it; a number that came out of symbolic arithmetic is text there."""
+    return int(entry) if isinstance(entry, str) and entry.lstrip("-").isdigit() else entry
 
 
 def rank(value: ir.Value | None) -> int | None:

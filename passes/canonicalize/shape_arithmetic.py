@@ -25,6 +25,7 @@ from onnx_shape_inference import SYM_DATA_KEY
 
 from .graph_edits import (
     add_initializer,
+    as_dim,
     bypass,
     constant_tensor,
     dims,
@@ -40,7 +41,7 @@ from .graph_edits import (
     shape_constant,
 )
 
-SELECTIONS = "shape-selections-resolved"
+SELECTIONS = "shapes-resolved"
 """The statistic of rewrites after which inference knows more than before."""
 
 ANONYMOUS = re.compile(r"\b_d\d+\b")
@@ -80,7 +81,7 @@ def contents(value: ir.Value | None) -> list[int | str | None] | None:
         known = integers(value)
         return None if known is None else list(known)
     noted = value.metadata_props.get(SYM_DATA_KEY)
-    return None if noted is None else list(json.loads(noted))
+    return None if noted is None else [as_dim(entry) for entry in json.loads(noted)]
 
 
 def _make_constant(node: ir.Node) -> bool:
@@ -128,6 +129,15 @@ def _expand_is_no_op(node: ir.Node) -> bool:
         wanted == 1 or (wanted is not None and wanted == dim)
         for wanted, dim in zip(reversed(target), reversed(own), strict=False)
     )
+
+
+def _note_shape(node: ir.Node) -> bool:
+    """ConstantOfShape(shape) with known symbols: inference by itself sees only numbers."""
+    output, known = node.outputs[0], contents(node.inputs[0])
+    if output.shape is not None or known is None or None in known:
+        return False
+    output.shape = ir.Shape(known)
+    return True
 
 
 def _select_shape(node: ir.Node) -> bool:
@@ -240,6 +250,7 @@ NO_OPS, CONSTANTS = "shape-no-ops-removed", "shapes-made-constant"
 
 RULES: dict[str, tuple[str, Callable[[ir.Node], bool]]] = {
     "Concat": (CONSTANTS, _make_constant),
+    "ConstantOfShape": (SELECTIONS, _note_shape),
     "Expand": (NO_OPS, _if_no_op(_expand_is_no_op)),
     "Gather": (CONSTANTS, _make_constant),
     "Reshape": (CONSTANTS, _reshape),
