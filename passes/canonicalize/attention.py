@@ -210,9 +210,9 @@ def _is_masked(value: ir.Value | None) -> bool:
     return number is not None and number <= MASKED
 
 
-def _is_scores(value: ir.Value | None, depth: int = 6) -> bool:
+def _is_scores(value: ir.Value | None, depth: int = 8) -> bool:
     """Whether the value leads back to a product through scales and masks: tells scores and masks apart."""
-    node = producer(value, "MatMul", "Mul", "Div", "Add", "Where")
+    node = producer(value, "MatMul", "Mul", "Div", "Tanh", "Add", "Where")
     if node is None or depth == 0:
         return False
     if node.op_type == "MatMul":
