@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +77,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         pipeline,
         target=target,
         examples=examples,
-        calibration=calibration or (),
+        calibration=_calibration_data(calibration, graph),
         seed=seed,
         instruments=(*_checks(check, examples), *instruments),
     )
@@ -123,6 +123,22 @@ def _module_feeds(signature: Signature, example_inputs: Any) -> tuple[Feeds, ...
         args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
         tensors = flatten_inputs(signature, tuple(args), {})
     return ({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()},)
+
+
+def _calibration_data(calibration: Iterable[Feeds] | None, graph: ir.Model) -> Iterable[Feeds]:
+    """The calibration data, known to hold something that fits the model's inputs."""
+    if calibration is None:
+        return ()
+    if isinstance(calibration, Iterator):
+        calibration = tuple(calibration)
+    first = next(iter(calibration), None)
+    if first is None:
+        raise InputError("the calibration data is empty", hint="give some inputs, or leave calibration= out")
+    names = sorted(value.name or "" for value in graph.graph.inputs)
+    if not isinstance(first, Mapping) or sorted(first) != names:
+        found = sorted(first) if isinstance(first, Mapping) else f"a {type(first).__name__}"
+        raise InputError(f"calibration data: expected dicts of arrays with the keys {names}, found {found}")
+    return calibration
 
 
 def _checks(check: Check, examples: Sequence[Feeds]) -> tuple[Instrument, ...]:

@@ -115,6 +115,9 @@ def test_contract_check_needs_inputs(compiled, tmp_path):
         ({"target": "tpu"}, planish.TargetError, "tpu"),
         ({"check": "everything"}, planish.PipelineError, "contract"),
         ({"example_inputs": [1]}, planish.InputError, "dict of arrays"),
+        ({"calibration": []}, planish.InputError, "calibration data is empty"),
+        ({"calibration": iter(())}, planish.InputError, "calibration data is empty"),
+        ({"calibration": [{"wrong": np.zeros(1)}]}, planish.InputError, r"found \['wrong'\]"),
     ],
 )
 def test_impossible_requests_are_one_clear_error(compiled, tmp_path, options, error, message):
