@@ -113,7 +113,7 @@ def describe(kind: type[Pass]) -> PassDescription:
     doc = inspect.cleandoc(kind.__doc__ or "")
     return PassDescription(
         name=kind.name,
-        summary=" ".join(doc.split("\n\n")[0].split()),
+        summary=_plain(doc.split("\n\n")[0]),
         doc=doc,
         contract=kind.contract,
         requires=kind.requires,
@@ -168,7 +168,7 @@ def _attribute_docs(kind: type) -> dict[str, str]:
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
+                docs[name] = _plain(text)
     return docs
 
 
@@ -178,10 +178,15 @@ _ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?:[ \n]((?:.*\n?)(?:[ \t]+.*\n?)*)", r
 
 def _section_docs(doc: str) -> dict[str, str]:
     return {
-        name: " ".join(text.split())
+        name: _plain(text)
         for section in _SECTION.findall(doc)
         for name, text in _ENTRY.findall(textwrap.dedent(section))
     }
+
+
+def _plain(text: str) -> str:
+    """Docstring text as one line for a terminal, without the marks of code."""
+    return " ".join(text.replace("``", "").split())
 
 
 @functools.cache  # reading every installed distribution's metadata takes tens of milliseconds

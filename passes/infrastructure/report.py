@@ -112,39 +112,39 @@ class PipelineReport:
     def table(self) -> Table:
         """The report as a rich table: one row for each pass."""
         rows = [_row(report) for report in self.passes]
-        filled = [column for column in range(len(_HEADINGS)) if any(row[column] for row in rows)]
-        table = Table(title=f"Pipeline for {self.target}", title_justify="left", box=box.SIMPLE)
-        for column in filled:
-            is_text = column < 2
-            table.add_column(
-                _HEADINGS[column],
-                justify="left" if is_text else "right",
-                no_wrap=not is_text,
-                overflow="fold",
-            )
+        # Without a contract check nothing was measured, and the last two columns stay away.
+        shown = len(_HEADINGS) if any(report.errors for report in self.passes) else len(_HEADINGS) - 2
+        table = Table(
+            title=f"Pipeline for {self.target}",
+            title_justify="left",
+            box=box.SIMPLE,
+            pad_edge=False,
+            caption=None if self.peak_memory is None else f"peak memory {format_bytes(self.peak_memory)}",
+            caption_justify="left",
+        )
+        for heading in _HEADINGS[:shown]:
+            is_text = heading in ("pass", "did")
+            table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "did")
         for row in rows:
-            table.add_row(*(row[column] for column in filled))
+            table.add_row(*row[:shown])
         return table
 
     def __rich__(self) -> Table:
         return self.table()
 
 
-# Columns that are empty in every row are left out: memory where no pass raised the peak, errors where no
-# contract was checked.
-_HEADINGS = ("pass", "did", "nodes", "weights", "seconds", "memory", "error", "cosine")
+_HEADINGS = ("pass", "did", "nodes", "weights", "s", "error", "cosine")
 
 
 def _row(report: PassReport) -> tuple[str, ...]:
-    growth, worst = report.peak_memory_growth, report.worst_error
+    worst = report.worst_error
     return (
         report.name,
         _summary(report),
         _change(str(report.nodes_before), str(report.nodes_after)),
         _change(format_bytes(report.weight_bytes_before), format_bytes(report.weight_bytes_after)),
         f"{report.seconds:.2f}",
-        f"+{format_bytes(growth)}" if growth else "",
-        "" if worst is None else f"{worst.max_relative:.1e}",
+        "" if worst is None else f"{worst.max_relative:.0e}",
         "" if worst is None else f"{worst.cosine_min:.5f}",
     )
 
@@ -159,7 +159,11 @@ def _summary(report: PassReport) -> str:
 
 
 def _change(before: str, after: str) -> str:
-    return before if before == after else f"{before} → {after}"
+    """``521→193`` or ``90.9→23.0 MB``: a unit that both have is written once."""
+    if before == after:
+        return before
+    unit = after.partition(" ")[2]
+    return f"{before.removesuffix(f' {unit}') if unit else before}→{after}"
 
 
 def _coverage_dict(coverage: Coverage | None) -> dict[str, Any] | None:
