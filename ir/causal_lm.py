@@ -26,7 +26,7 @@ import torch
 from .dynamic_shapes import BATCH, SEQUENCE, DynamicDim, relabel
 from .errors import InputError, TraceError
 from .signature import META_KEY, REMARKS_KEY, Signature, is_tensor
-from .torch_export import trace_flat, tracing
+from .torch_export import trace_error, trace_flat, tracing
 
 PAST_SEQUENCE = "past_sequence_length"
 TOTAL_SEQUENCE = "total_sequence_length"
@@ -136,6 +136,17 @@ def is_causal_lm(module: torch.nn.Module) -> bool:
     )
 
 
+def returns_cache(module: torch.nn.Module) -> bool:
+    """Whether this model of transformers returns a key-value cache unless told not to."""
+    config = getattr(module, "config", None)
+    if (
+        not getattr(config, "use_cache", False)
+        or "use_cache" not in inspect.signature(module.forward).parameters
+    ):
+        return False
+    return getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
+
+
 def trace_causal_lm(model: torch.nn.Module, *, opset: int = 23) -> ir.Model:
     """Trace a causal language model of transformers with its key-value cache as inputs and outputs.
 
@@ -183,9 +194,12 @@ def trace_causal_lm(model: torch.nn.Module, *, opset: int = 23) -> ir.Model:
 
 def _probe(model: torch.nn.Module) -> tuple[tuple[CacheLayer, ...], type]:
     """Run two tokens through the model to see the sizes of its cache and the class of its output."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=_device(model))
     with tracing(model):
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=_device(model))
-        result = model(input_ids=ids, past_key_values=_cache([]), **_ALWAYS)
+        try:
+            result = model(input_ids=ids, past_key_values=_cache([]), **_ALWAYS)
+        except Exception as error:
+            raise trace_error(error, model) from error
     try:
         pairs = _pairs(result.past_key_values)
     except (AttributeError, TypeError) as error:

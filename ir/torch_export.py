@@ -189,16 +189,19 @@ def export(
             program = torch.export.export(
                 flat, tuple(tensors.values()), dynamic_shapes=(shapes,), strict=False
             )
-        except TraceError as error:
-            place = _place_in_stack(error, module)
-            raise TraceError(f"{error.message}{place}", hint=error.hint) from error
+        except TraceError:
+            raise
         except Exception as error:
-            place = _place_in_stack(error, module)
-            raise TraceError(
-                f"{type(module).__name__} cannot be traced{place}: {_summary(error)}",
-                hint=_hint(error),
-            ) from error
+            raise trace_error(error, module) from error
     return program
+
+
+def trace_error(error: Exception, module: torch.nn.Module) -> TraceError:
+    """Make a `TraceError` of what went wrong while a module ran: the submodule, the line, the first words."""
+    place = _place_in_stack(error, module)
+    return TraceError(
+        f"{type(module).__name__} cannot be traced{place}: {_summary(error)}", hint=_hint(error)
+    )
 
 
 def convert(program: torch.export.ExportedProgram, *, opset: int, title: str) -> ir.Model:

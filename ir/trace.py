@@ -9,6 +9,7 @@ fields of what it returns.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
-from .causal_lm import is_causal_lm, trace_causal_lm
+from .causal_lm import is_causal_lm, returns_cache, trace_causal_lm
 from .dynamic_shapes import (
     DynamicDim,
     check_specialised,
@@ -43,6 +44,8 @@ from .torch_export import convert, input_values, output_name, tidy, trace_flat
 
 __all__ = ["trace", "trace_causal_lm"]
 
+_OPTIONS = (bool, int, float, str, enum.Enum, torch.dtype, torch.device)
+
 
 def trace(
     module: torch.nn.Module | torch.export.ExportedProgram,
@@ -59,8 +62,8 @@ def trace(
         module: the module, or a finished ``torch.export.ExportedProgram``.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the
             module is called; tensors may sit in nested tuples, lists and dicts. None for an
-            ``ExportedProgram``, and for a causal language model of transformers, which is then traced with
-            its key-value cache (see `trace_causal_lm`).
+            ``ExportedProgram``. A causal language model of transformers is traced with its key-value cache
+            (see `trace_causal_lm`) if this is None or has ``use_cache=True`` or ``past_key_values``.
         dynamic_shapes: which dimensions stay dynamic.
 
             - None or ``"auto"``: dimension 0 of every tensor (``batch_size``) and dimension 1 of integer and
@@ -85,14 +88,26 @@ def trace(
         return _trace_program(module, dynamic_shapes, opset)
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"a torch.nn.Module was expected, found a {type(module).__name__}")
-    if example_inputs is None:
-        if not is_causal_lm(module):
+    if is_causal_lm(module) and _wants_cache(example_inputs):
+        if dynamic_shapes not in (None, "auto"):
             raise InputError(
-                f"{type(module).__name__} needs example_inputs to be traced",
-                hint="give a tensor, a tuple of positional or a dict of keyword arguments",
+                "dynamic_shapes cannot be chosen for a causal language model that is traced with its cache",
+                hint="leave dynamic_shapes out: batch, sequence and past are dynamic",
             )
         return trace_causal_lm(module, opset=opset)
+    if example_inputs is None:
+        raise InputError(
+            f"{type(module).__name__} needs example_inputs to be traced",
+            hint="give a tensor, a tuple of positional or a dict of keyword arguments",
+        )
     return _trace_module(module, example_inputs, dynamic_shapes, opset)
+
+
+def _wants_cache(example_inputs: Any) -> bool:
+    """Whether a causal language model is to be traced with its cache: no examples, or such that use it."""
+    if isinstance(example_inputs, Mapping):
+        return bool(example_inputs.get("use_cache")) or example_inputs.get("past_key_values") is not None
+    return example_inputs is None
 
 
 def _trace_module(module: torch.nn.Module, example_inputs: Any, dynamic_shapes: Any, opset: int) -> ir.Model:
@@ -151,18 +166,27 @@ def _example_call(module: torch.nn.Module, example_inputs: Any) -> _ExampleCall:
     else:
         args = (example_inputs,)
     remarks: tuple[str, ...] = ()
-    if is_causal_lm(module) and not kwargs.keys() & {"use_cache", "past_key_values"}:
+    if returns_cache(module) and "use_cache" not in kwargs:
         # The cache that the model would return is no tensor, and without a past it is of no use.
         kwargs["use_cache"] = False
-        remarks = ("traced without a key-value cache; leave example_inputs out to trace with one",)
+        remarks = ("traced without a key-value cache",)
+        if is_causal_lm(module):
+            remarks = (f"{remarks[0]}; leave example_inputs out to trace with one",)
     defaults = default_arguments(module, args, kwargs)
     parameters = inspect.signature(module.forward).parameters.values()
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    leaves = tuple(_leaves(args, kwargs, positional, variadic))
+    for path, leaf in leaves:
+        if not (is_tensor(leaf) or leaf is None or isinstance(leaf, _OPTIONS)):
+            raise InputError(
+                f"example input {path_name(path)!r} is a {type(leaf).__name__}, neither tensor nor option",
+                hint="give tensors, nested in tuples, lists and dicts, and plain values",
+            )
     return _ExampleCall(
         positional=positional,
         variadic=variadic,
-        leaves=tuple(_leaves(args, kwargs, positional, variadic)),
+        leaves=leaves,
         structure=pytree.tree_structure((args, kwargs)),
         defaults={(name,): value for name, value in defaults.items() if not is_tensor(value)},
         remarks=remarks,

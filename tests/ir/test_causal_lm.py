@@ -211,3 +211,13 @@ def test_an_encoder_keeps_the_names_of_its_arguments_and_outputs() -> None:
     for name in ("last_hidden_state", "pooler_output"):
         reference = expected[name].detach().numpy()
         assert np.abs(found[name] - reference).max() <= RTOL * np.abs(reference).max()
+
+
+def test_example_inputs_that_use_the_cache_trace_it(llama, traced: ir.Model) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    example = {"input_ids": ids, "use_cache": True}
+    model = trace(llama, example)
+    assert [value.name for value in model.graph.inputs] == [value.name for value in traced.graph.inputs]
+    assert list(flatten_inputs(model.meta[META_KEY], (), example)) == [v.name for v in traced.graph.inputs]
+    with pytest.raises(InputError, match="dynamic_shapes cannot be chosen"):
+        trace(llama, example, dynamic_shapes={"input_ids": {0: "batch"}})

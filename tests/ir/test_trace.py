@@ -327,6 +327,7 @@ def test_what_no_graph_can_do_is_an_error(module, message) -> None:
         ((Block(),), "Block needs example_inputs"),
         ((Block(), {"y": torch.zeros(2, 4)}), r"do not fit Block\.forward"),
         ((Block(), (3,)), "hold no tensor"),
+        ((Block(), (object(),)), "'add' is a object, neither tensor nor option"),
         ((lambda x: x, torch.zeros(2)), r"a torch\.nn\.Module was expected, found a function"),
     ],
 )
