@@ -24,6 +24,13 @@ OLDEST_OPSET = 13
 IR_VERSION = 11
 """The first version of the file format that may hold opset 23."""
 
+WITHOUT_KERNEL = frozenset(
+    {"GlobalLpPool", "MaxRoiPool", "Multinomial", "RandomNormal", "RandomNormalLike"}
+    | {"RandomUniform", "RandomUniformLike", "RoiAlign"}
+)
+"""Ops that opset 22 gave more types, and that onnxruntime (1.31) has no kernel for since: converting a model
+that runs would give one that does not."""
+
 
 def convert_opset(model: ir.Model, *, source: str) -> str | None:
     """Convert ``model`` to opset 23 in place, or leave all of it as it is and say why.
@@ -77,6 +84,8 @@ def _obstacle(node: ir.Node, version: int) -> str | None:
         schema = onnx.defs.get_schema(node.op_type, OPSET, "")
     except onnx.defs.SchemaError:
         return f"is not an op of opset {OPSET}"
+    if node.op_type in WITHOUT_KERNEL and version < schema.since_version:
+        return f"has no kernel in onnxruntime in opset {schema.since_version} or newer"
     if schema.deprecated:
         return f"is deprecated in opset {OPSET}"
     for adapter in _adapters_for(node, version):
@@ -125,12 +134,6 @@ def _training_outputs(node: ir.Node) -> str | None:
 
 def _drop_training_outputs(node: ir.Node) -> None:
     node.resize_outputs(1)
-
-
-def _keep_output_half_pixel(node: ir.Node) -> None:
-    node.attributes["coordinate_transformation_mode"] = ir.AttrString(
-        "coordinate_transformation_mode", "output_half_pixel"
-    )
 
 
 def _axes_to_input(node: ir.Node) -> None:
@@ -201,7 +204,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         apply=_drop_training_outputs,
         obstacle=_training_outputs,
     ),
-    Adapter(since=16, op_types=frozenset({"RoiAlign"}), apply=_keep_output_half_pixel),
     Adapter(since=18, op_types=_REDUCTIONS, attributes=("axes",), apply=_axes_to_input),
     Adapter(since=18, op_types=frozenset({"Split"}), apply=_count_outputs),
     Adapter(since=20, op_types=frozenset({"DFT"}), attributes=("axis",), apply=_axis_to_input),

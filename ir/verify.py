@@ -39,8 +39,11 @@ def verify(model: ir.Model) -> None:
                 f"function {function.domain}::{function.name} owns initializers",
                 hint="use Constant nodes in it",
             )
-    for root in root_graphs(model):
-        _Verifier(model, root).run()
+    verifiers = [_Verifier(model, root) for root in root_graphs(model)]
+    for verifier in verifiers:
+        verifier.check_graphs()
+    for verifier in verifiers:
+        verifier.check_uses()
 
 
 class _Verifier:
@@ -54,8 +57,12 @@ class _Verifier:
         self._visible: set[ir.Value] = set()
         self._reads: dict[ir.Value, int] = {}  # every value seen: how many inputs read it
 
-    def run(self) -> None:
+    def check_graphs(self) -> None:
+        """Check the root graph and its subgraphs, and count how often each value is read."""
         self._check_graph(self._root)
+
+    def check_uses(self) -> None:
+        """Compare what was counted with what the values know."""
         for value, count in self._reads.items():
             if len(value.uses()) != count:
                 raise _wrong_uses(value, count)
