@@ -1,13 +1,161 @@
-"""Placeholder until the kernels are bound: the bodies themselves."""
+"""Target ``onnxruntime-cpu``: for each op, the kernel of this onnxruntime that is fastest on this machine.
+
+The choice depends on the op's shape, on the rows that a deployment runs (batch × sequence), on the threads
+and on the machine, and is made by a cached microbenchmark of the very nodes that are bound.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-from ..portable.portable import Portable
+import onnx_ir as ir
+
+from ...ir import clone, ops
+from ...ir.errors import TargetError
+from ..microbenchmark import Microbenchmark
+from ..target import Binding, BoundModel, Target
+from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
+from .graph_builder import CONTRIB, GraphBuilder
+from .kernel import Choice, Chooser, OpT
+from .linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
+from .linear_op import LinearOp, LinearSpec, linear_op, made_up_op
+from .residual import RESIDUAL_KERNELS, SKIP, SUM, ResidualOp, made_up_residual, residual_features
+
+_EXACT = 1e-3
+"""Integer kernels that saturate err by per cents on evenly spread data; rounding stays far below this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnnxruntimeCpu(Portable):
-    """x."""
+class OnnxruntimeCpu(Target):
+    """onnxruntime's CPU provider on the machine that compiles.
+
+    Attributes:
+        rows: the rows (batch × sequence) that the deployment runs; the geometric mean of their times counts.
+        threads: of an op; None for onnxruntime's choice.
+        max_error: the largest relative error of a kernel against its op's body. Kernels that quantise
+            activations in blocks, which 4-bit ones do when they are fast, have 5e-3 to 7e-3.
+    """
 
     name: ClassVar[str] = "onnxruntime-cpu"
+
+    rows: tuple[int, ...] = (1, 128)
+    threads: int | None = None
+    max_error: float = 1e-2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        if not self.rows or any(rows < 1 for rows in self.rows):
+            raise TargetError(f"onnxruntime-cpu: rows must be positive, found {self.rows}")
+
+    def bind(self, model: ir.Model) -> BoundModel:
+        """Bind each planish op, and each op that onnxruntime would fuse to its harm, to its best kernel.
+
+        Raises:
+            TargetError: an op that no kernel of this onnxruntime runs within ``max_error``.
+        """
+        bound = clone(model)
+        binder = _Binder(bound, self._chooser(), may_fold=not _has_quantization_of_its_own(bound))
+        for node in list(bound.graph.all_nodes()):
+            binder.bind(node)
+        ops.inline(bound)
+        return BoundModel(
+            model=bound, bindings=tuple(binder.bindings), session_options=binder.session_options
+        )
+
+    def adds_products_in_16_bits(self) -> bool:
+        """Whether the kernel of signed int8 weights saturates on this machine, as measured."""
+        spec = LinearSpec("tensor", 64, 64, 8, 0, True, False, False, "FLOAT", 3, pairs_fit=False)
+        op, fast = made_up_op(spec), LINEAR_KERNELS[0]
+        chooser = Chooser(self._chooser().benchmark, (4,), max_error=_EXACT)
+        return chooser.results(op, {fast.name: fast}, LINEAR_BODY)[fast.name].error > _EXACT
+
+    def _chooser(self) -> Chooser:
+        return Chooser(Microbenchmark(self.threads), self.rows, self.max_error)
+
+
+def _has_quantization_of_its_own(model: ir.Model) -> bool:
+    """Quantised by someone else: folding DequantizeLinear at load would undo what onnxruntime makes of it."""
+    return any(
+        node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for node in model.graph.all_nodes()
+    )
+
+
+class _Binder:
+    """Replaces nodes and remembers what it chose; ops of equal size are chosen for once."""
+
+    def __init__(self, model: ir.Model, chooser: Chooser, *, may_fold: bool) -> None:
+        self.model = model
+        self.chooser = chooser
+        self.linear_kernels = tuple(
+            kernel for kernel in LINEAR_KERNELS if may_fold or kernel.name != FLOAT_KERNEL
+        )
+        self.bindings: list[Binding] = []
+        self.session_options: dict[str, str] = {}
+        self._layer_names: set[str] = set()
+        self._linear_choices: dict[LinearSpec, Choice[LinearOp]] = {}
+        self._gather_choices: dict[GatherSpec, Choice[GatherOp]] = {}
+        self._residual_choices: dict[int, Choice[ResidualOp]] = {}
+
+    def bind(self, node: ir.Node) -> None:
+        """Bind ``node`` if it is an op with a choice."""
+        if node.domain == ops.DOMAIN and node.op_type in ("QuantizedLinear", "DynamicQuantizedLinear"):
+            self._bind_linear(node)
+        elif node.domain == ops.DOMAIN and node.op_type == "QuantizedGather":
+            self._bind_gather(node)
+        elif (features := residual_features(node)) is not None:
+            self._bind_residual(node, features)
+
+    def _bind_linear(self, node: ir.Node) -> None:
+        op = linear_op(node)
+        choice = self._linear_choices.get(op.spec)
+        if choice is None:
+            choice = self.chooser.choose(made_up_op(op.spec), self.linear_kernels, LINEAR_BODY, FLOAT_KERNEL)
+            self._linear_choices[op.spec] = choice
+        self._replace(node, op, choice)
+
+    def _bind_gather(self, node: ir.Node) -> None:
+        op = gather_op(node)
+        choice = self._gather_choices.get(op.spec)
+        if choice is None:
+            choice = self.chooser.choose(
+                made_up_gather(op.spec), GATHER_KERNELS, GATHER_BODY, GATHER_BODY.name
+            )
+            self._gather_choices[op.spec] = choice
+        self._replace(node, op, choice)
+
+    def _bind_residual(self, node: ir.Node, features: int) -> None:
+        choice = self._residual_choices.get(features)
+        if choice is None:
+            made_up = made_up_residual(features)
+            choice = self.chooser.choose(made_up, RESIDUAL_KERNELS, RESIDUAL_KERNELS[0], SKIP)
+            self._residual_choices[features] = choice
+        self._record(node, choice)
+        if choice.kernel.name == SUM:
+            ops.replace(node, ir.node("Sum", node.inputs, name=node.name))
+
+    def _replace(self, node: ir.Node, op: OpT, choice: Choice[OpT]) -> None:
+        build = GraphBuilder(self._layer_name(node))
+        choice.kernel.emit(build, op)
+        for value in build.initializers:
+            self.model.graph.register_initializer(value)
+        for definition in build.definitions:
+            ops.define(self.model, definition)
+        if any(made.domain == CONTRIB for made in build.nodes):
+            self.model.opset_imports.setdefault(CONTRIB, 1)
+        self.session_options |= choice.kernel.session_options
+        self._record(node, choice)
+        ops.replace(node, build.nodes)
+
+    def _layer_name(self, node: ir.Node) -> str:
+        """A name that is this node's alone: its output's, where node names are missing or repeat."""
+        name = node.name
+        if not name or name in self._layer_names:
+            name = f"{node.op_type}.{node.outputs[0].name}"
+        self._layer_names.add(name)
+        return name
+
+    def _record(self, node: ir.Node, choice: Choice[OpT]) -> None:
+        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        self.bindings.append(Binding(node.name or "", op, choice.kernel.name, choice.reason))

@@ -1,0 +1,199 @@
+"""A quantised linear as the kernels see it, taken from a node or made up for timing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir import ops
+from ...ir.errors import TargetError
+from ...ir.ops.definition import OpDefinition
+from ..microbenchmark import Feeds
+
+_FIXED_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """What the time of a kernel depends on, besides the number of rows.
+
+    Attributes:
+        activations: what shares a grid at run time (``tensor`` or ``token``); ``float`` leaves them alone.
+        in_features: K.
+        out_features: N.
+        bits: of the integers, 2 to 8.
+        block_size: rows of [K, N] that share a scale; 0 for one scale per channel.
+        signed: integers are signed.
+        zero_point: there are zero points.
+        bias: there is a bias.
+        dtype: float type of the activations.
+        rank: of the activations: onnxruntime treats matrices and batches differently.
+        pairs_fit: sums of two products with adjacent rows fit 16 bits: such weights never saturate.
+    """
+
+    activations: Literal["float", "tensor", "token"]
+    in_features: int
+    out_features: int
+    bits: int
+    block_size: int
+    signed: bool
+    zero_point: bool
+    bias: bool
+    dtype: str
+    rank: int
+    pairs_fit: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOp:
+    """A ``QuantizedLinear`` or ``DynamicQuantizedLinear``: its operands and what is known of them."""
+
+    spec: LinearSpec
+    x: ir.Value
+    weight: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    bias: ir.Value | None
+
+    @property
+    def inputs(self) -> tuple[ir.Value, ...]:
+        """The activations."""
+        return (self.x,)
+
+    def label(self) -> str:
+        """The op's name."""
+        return "QuantizedLinear" if self.spec.activations == "float" else "DynamicQuantizedLinear"
+
+    def subject(self) -> dict[str, object]:
+        """The spec."""
+        return dataclasses.asdict(self.spec)
+
+    def feeds(self, rows: int) -> Feeds:
+        """Activations spread evenly over their grid: the hardest case for a kernel that saturates."""
+        shape = (rows, self.spec.in_features) if self.spec.rank == 2 else (1, rows, self.spec.in_features)
+        values = np.random.default_rng(rows).uniform(-1, 1, shape)
+        return {"x": values.astype(ir.DataType[self.spec.dtype].numpy())}
+
+    def integers(self) -> np.ndarray[tuple[int, int], np.dtype[np.int16]]:
+        """The weight's integers [K, N]."""
+        return _integers(self.weight)
+
+    def zero_points(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]] | None:
+        """The integers of the zero points, shaped like the scale."""
+        return None if self.zero_point is None else _integers(self.zero_point)
+
+    def scales(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """The scales as stored, [K / B, N] or [N]."""
+        return constant_of(self.scale).numpy()
+
+    def as_node(self, name: str) -> tuple[ir.Node, OpDefinition]:
+        """The planish op itself."""
+        spec = self.spec
+        if spec.activations == "float":
+            return ops.quantized_linear(
+                self.x,
+                self.weight,
+                self.scale,
+                self.zero_point,
+                self.bias,
+                bits=spec.bits,
+                block_size=spec.block_size,
+                name=name,
+            )
+        return ops.dynamic_quantized_linear(
+            self.x,
+            self.weight,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            bits=spec.bits,
+            granularity=spec.activations,
+            name=name,
+        )
+
+
+def linear_op(node: ir.Node) -> LinearOp:
+    """Read a planish linear.
+
+    Raises:
+        TargetError: the weight is not a constant matrix.
+    """
+    x, weight, scale, zero_point, bias = (*node.inputs, None, None)[:5]
+    if x is None or weight is None or scale is None:
+        raise TargetError(f"node {node.name!r}: {node.op_type} lacks its activations, weight or scale")
+    integers = _integers(weight)
+    dynamic = node.op_type == "DynamicQuantizedLinear"
+    activations = node.overload.removesuffix("_bias") if dynamic else "float"
+    spec = LinearSpec(
+        activations="float" if not dynamic else "token" if activations == "token" else "tensor",
+        in_features=integers.shape[0],
+        out_features=integers.shape[1],
+        bits=node.attributes["bits"].as_int(),
+        block_size=0 if dynamic else node.attributes["block_size"].as_int(),
+        signed=weight.dtype in (ir.DataType.INT4, ir.DataType.INT8),
+        zero_point=zero_point is not None,
+        bias=bias is not None,
+        dtype=(scale.dtype or ir.DataType.FLOAT).name,
+        rank=3 if x.shape is None else len(x.shape),
+        pairs_fit=dynamic and _pairs_fit(integers),
+    )
+    return LinearOp(spec, x, weight, scale, zero_point, bias)
+
+
+def made_up_op(spec: LinearSpec) -> LinearOp:
+    """An op of this spec with random weights; its constants are initializers-to-be."""
+    rng = np.random.default_rng(_FIXED_SEED)
+    k, n = spec.in_features, spec.out_features
+    container = ops.container(spec.bits, signed=spec.signed)
+    high = 1 << (spec.bits - 1) if spec.signed else 1 << spec.bits
+    low = 1 - high if spec.signed else 0
+    if spec.pairs_fit and spec.signed:
+        low, high = max(low, -64), min(high, 65)
+    grid = (k // spec.block_size, n) if spec.block_size else (n,)
+    float_dtype = ir.DataType[spec.dtype]
+
+    def constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        return ir.val(name, dtype=tensor.dtype, const_value=tensor)
+
+    def floats(name: str, shape: tuple[int, ...], low: float) -> ir.Value:
+        return constant(name, ir.tensor(rng.uniform(low, 1, shape).astype(float_dtype.numpy()), name=name))
+
+    def integers(name: str, low: int, high: int, shape: tuple[int, ...]) -> ir.Value:
+        return constant(name, ops.integer_tensor(rng.integers(low, high, shape), container, name))
+
+    return LinearOp(
+        spec=spec,
+        x=ir.val("x", shape=["rows", k] if spec.rank == 2 else ["batch", "rows", k], dtype=float_dtype),
+        weight=integers("weight", low, high, (k, n)),
+        scale=floats("scale", grid, 0.5),
+        zero_point=integers("zero_point", max(low, 0), high, grid) if spec.zero_point else None,
+        bias=floats("bias", (n,), -1) if spec.bias else None,
+    )
+
+
+def constant_of(value: ir.Value) -> ir.TensorProtocol:
+    """The constant tensor of an operand.
+
+    Raises:
+        TargetError: it is not constant.
+    """
+    if value.const_value is None:
+        raise TargetError(
+            f"operand {value.name!r} of a quantised op is not constant",
+            hint="run canonicalize after quantize",
+        )
+    return value.const_value
+
+
+def _integers(value: ir.Value) -> np.ndarray[tuple[int, int], np.dtype[np.int16]]:
+    return ops.integer_values(constant_of(value)).astype(np.int16)
+
+
+def _pairs_fit(integers: np.ndarray[tuple[int, int], np.dtype[np.int16]]) -> bool:
+    """Whether 255·(w₂ᵢ + w₂ᵢ₊₁) stays within 16 bits where both weights have the same sign."""
+    even, odd = integers[0 : len(integers) // 2 * 2 : 2], integers[1::2]
+    sums = np.where((even > 0) == (odd > 0), np.abs(even + odd), 0)
+    return bool(sums.max(initial=0) <= 128)
