@@ -197,7 +197,9 @@ def _probe(model: torch.nn.Module) -> tuple[tuple[CacheLayer, ...], type]:
     ids = torch.zeros(1, 2, dtype=torch.int64, device=_device(model))
     with tracing(model):
         try:
-            result = model(input_ids=ids, past_key_values=_cache([]), **_ALWAYS)
+            result = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=_cache([]), **_ALWAYS
+            )
         except Exception as error:
             raise trace_error(error, model) from error
     try:

@@ -84,8 +84,14 @@ def trace(
         InputError: the example inputs or ``dynamic_shapes`` do not fit the module.
         TraceError: the module cannot be traced; names the submodule and the source line that stopped it.
     """
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise InputError(
+            f"dynamic_shapes is {dynamic_shapes!r}", hint="the only word that it may be is 'auto'"
+        )
     if isinstance(module, torch.export.ExportedProgram):
         return _trace_program(module, dynamic_shapes, opset)
+    # What torch.compile returns wraps the module that is meant.
+    module = getattr(module, "_orig_mod", module)
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"a torch.nn.Module was expected, found a {type(module).__name__}")
     if is_causal_lm(module) and _wants_cache(example_inputs):

@@ -328,9 +328,22 @@ def test_what_no_graph_can_do_is_an_error(module, message) -> None:
         ((Block(), {"y": torch.zeros(2, 4)}), r"do not fit Block\.forward"),
         ((Block(), (3,)), "hold no tensor"),
         ((Block(), (object(),)), "'add' is a object, neither tensor nor option"),
+        ((Block(), torch.zeros(2, 4), "static"), "dynamic_shapes is 'static'"),
         ((lambda x: x, torch.zeros(2)), r"a torch\.nn\.Module was expected, found a function"),
     ],
 )
 def test_wrong_input_is_one_clear_error(arguments, message) -> None:
+    module, example_inputs, dynamic_shapes = (*arguments, None, None)[:3]
     with pytest.raises(InputError, match=message):
-        trace(*arguments)
+        trace(module, example_inputs, dynamic_shapes=dynamic_shapes)
+
+
+def test_a_module_wrapped_by_torch_compile_keeps_its_names() -> None:
+    model = trace(torch.compile(torch.nn.Linear(4, 4)), torch.zeros(2, 4))
+    assert {"weight", "bias"} <= set(model.graph.initializers)
+
+
+def test_small_float_types_stay_as_they_are() -> None:
+    model = trace(torch.nn.Linear(4, 4, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16))
+    assert model.graph.inputs[0].dtype == model.graph.outputs[0].dtype == ir.DataType.BFLOAT16
+    assert model.graph.initializers["weight"].dtype == ir.DataType.BFLOAT16
