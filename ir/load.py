@@ -13,6 +13,7 @@ from .clone import clone
 from .errors import ModelError, VerificationError
 from .external import map_external_tensors
 from .opset import convert_opset, settle_ir_version
+from .skeleton import read_skeleton
 from .verify import verify
 from .walk import all_graphs
 from .weights import check_finite, detach_from_protobuf
@@ -20,13 +21,15 @@ from .weights import check_finite, detach_from_protobuf
 REMARKS_KEY = "planish.remarks"
 """Key of ``model.meta``: a tuple of sentences about what could not be done while loading."""
 
-_PROTOBUF_LIMIT = 2**31
+_MAPPED_FROM = 2**26
+"""Bytes of a file from which weights inside it are mapped and not read. Smaller ones are read at once: such
+models stay whole if someone writes into the file."""
 
 
 def load(
     source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, check_weights: bool = True
 ) -> ir.Model:
-    """Read a model into the IR: opset 23, weights in external files mapped into memory and not read.
+    """Read a model into the IR: opset 23, weights in external or large files mapped into memory, not read.
 
     Models of opset 13 to 22 are converted. One that cannot be (it uses an op that opset 23 does not have)
     stays at its opset with a remark in ``model.meta["planish.remarks"]``; newer models stay at theirs.
@@ -83,7 +86,10 @@ def _read(path: Path) -> onnx.ModelProto:
         )
     try:
         size = path.stat().st_size
-        proto = onnx.load(path, "protobuf", load_external_data=False)
+        if size < _MAPPED_FROM:
+            proto = onnx.load(path, "protobuf", load_external_data=False)
+        else:
+            proto = read_skeleton(path)
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", hint="check the path") from None
     except OSError as error:
@@ -107,8 +113,6 @@ def _parse_hint(path: Path) -> str:
         return "this is a Git LFS pointer: run `git lfs pull` to get the model itself"
     if start[8:9] == b"{":
         return "this looks like a safetensors file, which holds weights and no graph"
-    if path.stat().st_size >= _PROTOBUF_LIMIT:
-        return "ONNX files of 2 GB and more need external data: export the model with it"
     return "copy or download the file again"
 
 

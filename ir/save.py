@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from .errors import ModelError
 from .external import map_external_tensors, release
+from .skeleton import encode_varint
 
 _LARGEST_FILE = 2**31 - 1
 """Bytes: the most that protobuf reads."""
@@ -124,8 +125,8 @@ def _write_in_one_file(file: BinaryIO, model: ir.Model, path: Path) -> None:
         body, payload = content, 0
         if value in streamed:
             payload = _tensor(value).nbytes
-            body += _RAW_DATA_TAG + _varint(payload)
-        start = _INITIALIZER_TAG + _varint(len(body) + payload) + body
+            body += _RAW_DATA_TAG + encode_varint(payload)
+        start = _INITIALIZER_TAG + encode_varint(len(body) + payload) + body
         fields.append((start, value if value in streamed else None))
         size += len(start) + payload
     if size > _LARGEST_FILE:
@@ -133,21 +134,11 @@ def _write_in_one_file(file: BinaryIO, model: ir.Model, path: Path) -> None:
             f"{path}: {size / 1e9:.1f} GB do not fit into one file", hint="pass external_data=True"
         )
 
-    file.write(proto.SerializeToString() + _GRAPH_TAG + _varint(size) + graph)
+    file.write(proto.SerializeToString() + _GRAPH_TAG + encode_varint(size) + graph)
     for start, streamed_value in fields:
         file.write(start)
         if streamed_value is not None:
             _write_tensor(file, streamed_value)
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's encoding of a length: seven bits per byte, lowest first; the top bit says more follow."""
-    result = bytearray()
-    while number > 0x7F:
-        result.append(number & 0x7F | 0x80)
-        number >>= 7
-    result.append(number)
-    return bytes(result)
 
 
 def _write_tensor(file: BinaryIO, value: ir.Value) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
-from planish.ir import load, release, verify
+from planish.ir import diff_models, load, release, verify
 from planish.ir.errors import ModelError
 
 LINEAR = """
@@ -41,6 +44,14 @@ def weight_of(model: ir.Model) -> np.ndarray:
 
 
 WEIGHT = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+
+
+@pytest.fixture(params=["small file", "large file"])
+def either_reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of reading a file: by protobuf, and by walking over its weights."""
+    if request.param == "large file":
+        monkeypatch.setattr(sys.modules["planish.ir.load"], "_MAPPED_FROM", 1)
+        monkeypatch.setattr(sys.modules["planish.ir.skeleton"], "_LEFT_FROM", 1)
 
 
 def test_a_path_a_message_and_a_model_give_the_same(tmp_path: Path) -> None:
@@ -75,6 +86,33 @@ def test_external_weights_are_mapped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight_of(model), WEIGHT)
     release(model.graph.initializers["w"].const_value)
     np.testing.assert_array_equal(weight_of(model), WEIGHT)
+
+
+@pytest.mark.usefixtures("either_reader")
+def test_files_with_their_weights_inside(tmp_path: Path) -> None:
+    model = linear(WEIGHT)
+    model.graph.initializer.insert(0, helper.make_tensor("c", TensorProto.FLOAT, [2], [7, 8]))
+    model.graph.initializer.append(helper.make_tensor("t", TensorProto.STRING, [1], ["text"]))
+    model.graph.initializer[1].doc_string = "kept"
+    model.metadata_props.add(key="recipe", value="kept")
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    expected, found = load(model), load(path)
+    path.unlink()  # a map outlives the name of its file
+    assert not diff_models(expected, found)
+    assert list(found.graph.initializers) == ["c", "w", "t"]
+    np.testing.assert_array_equal(weight_of(found), WEIGHT)
+    assert found.graph.initializers["w"].const_value.doc_string == "kept"  # type: ignore[union-attr]
+    assert found.metadata_props == {"recipe": "kept"}
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("either_reader")
+def test_any_bytes_end_in_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ModelError):
+        load(tmp_path / "m.onnx")
 
 
 def test_a_loaded_model_keeps_its_weights_when_the_file_is_replaced(tmp_path: Path) -> None:
@@ -154,6 +192,7 @@ def test_files_that_are_no_model(tmp_path: Path, content: bytes, message: str) -
         load(tmp_path / "m.onnx")
 
 
+@pytest.mark.usefixtures("either_reader")
 def test_truncated_file_at_every_length(tmp_path: Path) -> None:
     content = linear().SerializeToString()
     for length in range(len(content)):
