@@ -515,7 +515,7 @@ def _history_table(metadata: Mapping[str, str]) -> Table | None:
     if not entries:
         return None
     table = Table(title="made by planish", title_justify="left", show_header=False, box=box.SIMPLE)
-    report = json.loads(entries.pop("report", "{}"))
+    report = _parse_report(entries.pop("report", "{}"))
     for key, text in entries.items():
         table.add_row(key, escape(text.strip()))
     for row in report.get("passes", ()):
@@ -523,11 +523,20 @@ def _history_table(metadata: Mapping[str, str]) -> Table | None:
     return table
 
 
+def _parse_report(text: str) -> dict[str, Any]:
+    """The report in a file; a file edited by others may hold anything, which is then left out."""
+    try:
+        report = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
 def _history_line(row: Mapping[str, Any]) -> str:
-    words = [f"{row['nodes_before']} → {row['nodes_after']} nodes"]
-    if row["coverage"]:
-        words.append(f"{row['coverage']['covered']} of {row['coverage']['total']} {row['coverage']['unit']}")
-    words += [f"{name}: cosine {error['cosine_mean']:.5f}" for name, error in row["errors"].items()]
+    words = [f"{row.get('nodes_before', '?')} → {row.get('nodes_after', '?')} nodes"]
+    if coverage := row.get("coverage"):
+        words.append(f"{coverage['covered']} of {coverage['total']} {coverage['unit']}")
+    words += [f"{name}: cosine {error['cosine_mean']:.5f}" for name, error in row.get("errors", {}).items()]
     return "; ".join(words)
 
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from ...codegen.target import Target
@@ -26,7 +25,7 @@ from .base import Contract, Feeds, Pass, PassResult
 from .driver import run_pipeline
 from .facts import facts_of
 from .instruments import BisectLimit, ContractBrokenError, ContractCheck, Instrument, Invocation
-from .instruments.contract import Outputs, broken_output
+from .instruments.contract import Outputs, broken_output, no_longer_finite
 from .pipeline import Pipeline
 from .rewrite_limit import Rewrite, RewriteLimit, limit_rewrites
 
@@ -166,7 +165,7 @@ class _ContractJudge(_Judge):
         start = max(boundary for boundary in self.boundaries if boundary < count)
         stretch = self._passes[start:count]
         if stretch[0].contract is Contract.APPROXIMATE:
-            return _no_longer_finite(outputs, self._outputs[start])
+            return _not_finite(outputs, self._outputs[start])
         # The triangle inequality: each pass may move the outputs by its own tolerance.
         return _disagreement(outputs, self._outputs[start], sum(pass_.tolerance for pass_ in stretch))
 
@@ -193,11 +192,11 @@ def _disagreement(outputs: Sequence[Outputs], reference: Sequence[Outputs], tole
     return None
 
 
-def _no_longer_finite(outputs: Sequence[Outputs], reference: Sequence[Outputs]) -> str | None:
+def _not_finite(outputs: Sequence[Outputs], reference: Sequence[Outputs]) -> str | None:
     for found, expected in zip(outputs, reference, strict=True):
-        for name, array in expected.items():
-            if array.dtype.kind == "f" and np.isfinite(array).all() and not np.isfinite(found[name]).all():
-                return f"output {name!r} is no longer finite"
+        broken = no_longer_finite(found, expected)
+        if broken is not None:
+            return f"output {broken.name!r} differs {broken.detail}"
     return None
 
 

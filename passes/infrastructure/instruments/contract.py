@@ -8,6 +8,7 @@ its layer. Approximate passes: the error they caused is measured and goes into t
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -88,18 +89,21 @@ class ContractCheck(Instrument):
         """Run the model again, then judge or measure.
 
         Raises:
-            ContractBrokenError: an exact pass changed an output by more than its tolerance.
+            ContractBrokenError: an exact pass changed an output by more than its tolerance, or an
+                approximate one made it infinite or NaN.
         """
         del result
         pass_ = invocation.pass_
         outputs = [run_model(model, feeds) for feeds in self._examples]
-        if pass_.contract is Contract.EXACT:
-            for feeds, before, after in zip(self._examples, self._outputs, outputs, strict=True):
+        for feeds, before, after in zip(self._examples, self._outputs, outputs, strict=True):
+            if pass_.contract is Contract.EXACT:
                 broken = broken_output(after, before, pass_.tolerance)
-                if broken is not None:
-                    assert invocation.before is not None
-                    self.violation = _violation(pass_, broken, invocation.before, model, feeds)
-                    raise self.violation
+            else:
+                broken = no_longer_finite(after, before)
+            if broken is not None:
+                assert invocation.before is not None
+                self.violation = _violation(pass_, broken, invocation.before, model, feeds)
+                raise self.violation
         _record_errors(invocation, self._outputs, outputs)
         self._outputs = outputs
 
@@ -120,6 +124,21 @@ def broken_output(after: Outputs, before: Outputs, tolerance: float) -> OutputDi
     return None
 
 
+def no_longer_finite(after: Outputs, before: Outputs) -> OutputDifference | None:
+    """The first output that is missing, or that was finite before and is not now, if any."""
+    for name, reference in before.items():
+        if name not in after:
+            return OutputDifference(name, float("inf"), "in that it is no longer an output")
+        if _is_finite(reference) and not _is_finite(after[name]):
+            return OutputDifference(name, float("inf"), "in that it is no longer finite")
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether ``value`` is an array of floating-point numbers, all of them finite."""
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isfinite(value).all())
+
+
 def _rounding(reference: Any) -> float:
     """What reordering alone may cost in types narrower than float32; 0 for all others."""
     dtype = getattr(reference, "dtype", np.dtype(object))
@@ -131,10 +150,14 @@ def _rounding(reference: Any) -> float:
 def _violation(
     pass_: Pass, broken: OutputDifference, before: ir.Model, after: ir.Model, feeds: Feeds
 ) -> ContractBrokenError:
-    first = first_difference(before, after, feeds, tolerance=pass_.tolerance, outputs=[broken.name])
+    is_exact = pass_.contract is Contract.EXACT
+    # What an approximate pass changes is its right; only the tensor that stops being finite is of interest.
+    tolerance = pass_.tolerance if is_exact else sys.float_info.max
+    first = first_difference(before, after, feeds, tolerance=tolerance, outputs=[broken.name])
     where = f"first difference: {first}" if first else "no tensor that both graphs have differs before it"
+    contract = f"exact to {pass_.tolerance:g}" if is_exact else "approximate"
     return ContractBrokenError(
-        f"pass {pass_.name!r} broke its contract (exact to {pass_.tolerance:g}): "
+        f"pass {pass_.name!r} broke its contract ({contract}): "
         f"output {broken.name!r} differs {broken.detail}; {where}",
         pass_name=pass_.name,
         output=broken.name,
@@ -148,7 +171,7 @@ def _record_errors(invocation: Invocation, before: Sequence[Outputs], after: Seq
     for reference, found in zip(before, after, strict=True):
         for name in reference.keys() & found.keys():
             old, new = reference[name], found[name]
-            if getattr(old, "shape", None) != getattr(new, "shape", ()) or old.dtype.kind != "f":
+            if not (_is_finite(old) and _is_finite(new) and old.shape == new.shape):
                 continue
             measured = difference(new, old, logits="logits" in name)
             worst = invocation.errors.get(name)
