@@ -81,9 +81,8 @@ def test_compile_writes_a_file_that_plain_onnxruntime_runs(model, tmp_path):
     assert f"wrote {output}" in text
     feeds = {"x": np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)}
     before, after = (onnxruntime.InferenceSession(str(path)).run(None, feeds)[0] for path in (model, output))
-    np.testing.assert_allclose(
-        after, before, rtol=0, atol=1e-4 * np.abs(before).max()
-    )  # the passes' tolerance
+    # The tolerance of exact passes.
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-4 * np.abs(before).max())
     assert [row["name"] for row in json.loads(report.read_text())["passes"]] == ["canonicalize", "fuse"]
 
 
@@ -123,16 +122,8 @@ def test_a_pipeline_goes_on_from_a_dump(model, tmp_path):
     dump = tmp_path / "steps"
     ok("compile", model, "-o", tmp_path / "out.onnx", "-t", "portable", "--dump", dump)
     assert facts_of(ir.load(dump / "001_canonicalize.onnx"))
-    ok(
-        "compile",
-        dump / "001_canonicalize.onnx",
-        "-o",
-        tmp_path / "out2.onnx",
-        "-t",
-        "portable",
-        "-p",
-        "fuse",
-    )
+    canonical = dump / "001_canonicalize.onnx"
+    ok("compile", canonical, "-o", tmp_path / "out2.onnx", "-t", "portable", "-p", "fuse")
 
 
 def test_inspect_shows_the_interface_the_linears_and_the_ops(model):

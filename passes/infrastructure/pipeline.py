@@ -39,7 +39,8 @@ class Pipeline:
 
         Args:
             passes: pipeline text, the path (`pathlib.Path`) of a YAML recipe, a pass object or class, an
-                `onnx_ir` pass, another pipeline, or a list that mixes those.
+                `onnx_ir` pass, another pipeline, a name with options (``{"quantize": {"scheme": "W8A8"}}``), or a
+                list that mixes those.
 
         Raises:
             PipelineError: a name or option is unknown, a value has the wrong type, or an item is no pass.
@@ -119,6 +120,8 @@ def _collect(passes: Any) -> Iterator[Pass]:
             yield foreign.adapt(passes)
         case type() if issubclass(passes, Pass):
             yield build_pass(passes, {})
+        case Mapping():
+            yield _from_recipe_item(dict(passes), 1)
         case Iterable():
             for item in passes:
                 yield from _collect(item)

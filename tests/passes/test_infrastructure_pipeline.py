@@ -123,6 +123,12 @@ def test_what_is_no_pass_is_refused(item):
         Pipeline.of(item)
 
 
+def test_an_item_may_be_a_name_with_its_options():
+    assert Pipeline.of([{"need": {"bits": 3}}, {"establish": None}]) == Pipeline((Need(bits=3), Establish()))
+    with pytest.raises(PipelineError, match="expected the name of a pass"):
+        Pipeline.of([{"need": {}, "establish": {}}])
+
+
 def test_unknown_names_come_with_the_closest_known_one():
     with pytest.raises(PipelineError, match=r"unknown pass 'establsh' — did you mean 'establish'\?"):
         Pipeline.of("establsh")
