@@ -2,8 +2,8 @@
 
     y₁ = f(x), y₂ = f(x) → y = f(x) used twice         (same op, inputs and attributes; not random ops)
 
-Both are the passes of onnx_ir. Subgraphs are cleaned of dead nodes; common subexpressions are found within
-the main graph.
+Unused *outputs* of nodes stay, unlike in onnx_ir's pass: onnxruntime's Attention with a past must also write
+the present. Common subexpressions are found within the main graph, by onnx_ir.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from .graph_edits import graphs
 
 
 def remove_dead_code(model: ir.Model) -> dict[str, int]:
-    """Remove nodes and initializers that nothing depends on."""
-    before = _size(model)
-    common.RemoveUnusedNodesPass()(model)
-    for graph in graphs(model)[1:]:
-        for value in list(graph.initializers.values()):
-            if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-                assert value.name is not None
-                del graph.initializers[value.name]
-    return {"dead-code-removed": before - _size(model)}
+    """Remove nodes and initializers that nothing depends on, inner graphs first."""
+    removed = 0
+    for graph in reversed(graphs(model)):
+        for node in reversed(graph):
+            if not any(map(_is_needed, node.outputs)):
+                graph.remove(node, safe=True)
+                removed += 1
+        for name, value in list(graph.initializers.items()):
+            if not _is_needed(value) and not value.is_graph_input():
+                del graph.initializers[name]
+                removed += 1
+    return {"dead-code-removed": removed}
+
+
+def _is_needed(value: ir.Value) -> bool:
+    return value.is_graph_output() or bool(value.uses())
 
 
 def merge_common_subexpressions(model: ir.Model) -> dict[str, int]:
@@ -31,7 +38,3 @@ def merge_common_subexpressions(model: ir.Model) -> dict[str, int]:
     before = len(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     return {"common-subexpressions-merged": before - len(model.graph)}
-
-
-def _size(model: ir.Model) -> int:
-    return sum(len(graph) + len(graph.initializers) for graph in graphs(model))

@@ -165,8 +165,9 @@ NO_OPS = {
     "transposed twice": "e = Transpose(x) r = Transpose<perm = [1, 0]>(e)",
     "squeezed what was unsqueezed": "e = Unsqueeze(x, axis) r = Squeeze(e, axis)",
 }
-CONSTANTS = """float one = {1}, float[1,1,1] ones = {1}, float fzero = {0}, int64 zero = {0}, int64[1] axis = {1},
-    int64[1] front = {0}, float[3] vector = {1, 1, 1}, bool train = {1}, float ratio = {0.5}"""
+CONSTANTS = """float one = {1}, float[1,1,1] ones = {1}, float fzero = {0}, int64 zero = {0},
+    int64[1] axis = {1}, int64[1] front = {0}, float[3] vector = {1, 1, 1}, bool train = {1},
+    float ratio = {0.5}"""
 
 
 @pytest.mark.parametrize("body", NO_OPS.values(), ids=NO_OPS)
@@ -287,7 +288,8 @@ RESHAPES = {
 def test_symbolic_shapes_of_reshapes_become_constants(body, shape):
     before = model_of(f"""g (float[b,s,8] x, float[b] z) => (y)
         <int64[1] four = {{4}}, int64[1] two = {{2}}, int64[1] eight = {{8}}, int64[1] minus = {{-1}}>
-        {{ h = Shape<start = 0, end = 1>(x) t = Shape<start = 1, end = 2>(x) {body} r = Reshape<allowzero = 1>(x, s) y = Neg(r) }}""")
+        {{ h = Shape<start = 0, end = 1>(x) t = Shape<start = 1, end = 2>(x) {body}
+        r = Reshape<allowzero = 1>(x, s) y = Neg(r) }}""")
     after = clone(before)
     canonicalize(after)
     assert ops(after) == ["Reshape", "Neg"]
