@@ -24,9 +24,11 @@ def model_of(body: str, *, inputs: str = "", constants: str = "", opset: int = 2
     frequencies = ", ".join(str(f) for f in FREQUENCIES)
     text = f"""<ir_version: 10, opset_import: ["" : {opset}]>
         g (float[b,h,s,{SIZE}] x, int64[b,s] positions{inputs}) => (y)
-        <float[{SIZE // 2}] inv_freq = {{{frequencies}}}, int64[1] zero = {{0}}, int64[1] half = {{{SIZE // 2}}},
+        <float[{SIZE // 2}] inv_freq = {{{frequencies}}},
+         int64[1] zero = {{0}}, int64[1] quarter = {{{SIZE // 4}}}, int64[1] half = {{{SIZE // 2}}},
          int64[1] three = {{3}}, int64[1] end = {{9223372036854775807}}, int64[1] last = {{-1}},
-         int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] quarter = {{{SIZE // 4}}}, float scale = {{1.5}}{constants}> {{ {body} }}"""
+         int64[1] one = {{1}}, int64[1] two = {{2}}, float scale = {{1.5}}{constants}>
+        {{ {body} }}"""
     return ir.from_proto(onnx.parser.parse_model(text))
 
 
@@ -82,8 +84,9 @@ def test_scaled_caches_keep_their_scale():
 
 
 def layer(x: str, y: str) -> str:
-    return f"""{y}1 = Slice({x}, zero, half, three, one) {y}2 = Slice({x}, half, end, last, one) {y}m = Neg({y}2)
-        {y}r = Concat<axis = -1>({y}m, {y}1) {y}a = Mul({x}, c) {y}d = Mul({y}r, s) {y} = Add({y}a, {y}d) """
+    return f"""{y}1 = Slice({x}, zero, half, three, one) {y}2 = Slice({x}, half, end, last, one)
+        {y}m = Neg({y}2) {y}r = Concat<axis = -1>({y}m, {y}1)
+        {y}a = Mul({x}, c) {y}d = Mul({y}r, s) {y} = Add({y}a, {y}d) """
 
 
 def test_all_layers_share_one_cosine_and_one_sine():

@@ -277,7 +277,8 @@ def test_a_name_that_is_taken_gets_a_number():
 
 
 NORMS = """g (float[b,8] x, float[8] shared) => (float[b,8] y) {
-    h = RMSNormalization(x, shared) k = Neg(h) i = RMSNormalization(k, shared) y = RMSNormalization(i, shared) }"""
+    h = RMSNormalization(x, shared) k = Neg(h) i = RMSNormalization(k, shared)
+    y = RMSNormalization(i, shared) }"""
 
 
 def test_merged_norm_weights_are_separated_without_a_copy(tmp_path):
