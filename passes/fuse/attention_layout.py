@@ -7,9 +7,11 @@ ONNX defines both ops on [batch, heads, length, size] and on [batch, length, hea
 the four transposes of a layer, each a copy of the whole activation, disappear; a Reshape is free, and
 `reshapes` removes those that undo the split of the heads. past and present keep their 4-D layout.
 
-Preconditions: query, key and value come from a Transpose that exchanges axes 1 and 2, with a RotaryEmbedding
-in between or not, that nobody else reads; heads and their sizes are known numbers; the result is only read by
-such Transposes.
+A normalisation of each head by itself (over the last axis) behind the Transpose moves in front of it.
+
+Preconditions: query, key and value come from a Transpose that exchanges axes 1 and 2, with a normalisation
+and a RotaryEmbedding in between or not, all read by nobody else; heads and their sizes are known numbers; the
+result is only read by such Transposes.
 
 Source: ONNX operators Attention (opset 23) and RotaryEmbedding (opset 23).
 """
@@ -20,7 +22,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from ..canonicalize.graph_edits import dims, is_op, only_use, producer
+from ..canonicalize.graph_edits import dims, integer, is_op, only_use, producer, rank
 from ..infrastructure.rewriter import Replacement, Rule, missed
 
 _EXCHANGE = [0, 2, 1, 3]
@@ -32,6 +34,7 @@ class _Heads:
 
     split: ir.Value
     """[batch, length, heads, size]."""
+    norm: ir.Node | None
     rotary: ir.Node | None
     heads: int
     size: int
@@ -81,13 +84,24 @@ def _exchanges_heads(node: ir.Node) -> bool:
     )
 
 
+def _normalises_heads(node: ir.Node) -> bool:
+    """Whether a norm is over the last axis alone, scales all heads alike and has no second result."""
+    return (
+        integer(node, "axis", -1) in (-1, 3)
+        and all(value is None or rank(value) == 1 for value in node.inputs[1:])
+        and not any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+    )
+
+
 def _heads_of(value: ir.Value | None) -> _Heads | None:
-    """The operand before its Transpose, and the rotation behind it, if that is how ``value`` is made."""
-    if value is None or not only_use(value):
-        return None
+    """The operand before its Transpose, and what happens behind it, if that is how ``value`` is made."""
     rotary = producer(value, "RotaryEmbedding")
-    moved = value if rotary is None else rotary.inputs[0]
-    if moved is None or not only_use(moved):
+    rotated = value if rotary is None else rotary.inputs[0]
+    norm = producer(rotated, "RMSNormalization", "LayerNormalization")
+    moved = rotated if norm is None else norm.inputs[0]
+    if any(step is None or not only_use(step) for step in (value, rotated, moved)) or moved is None:
+        return None
+    if norm is not None and not _normalises_heads(norm):
         return None
     transpose = moved.producer()
     if transpose is None or not _exchanges_heads(transpose):
@@ -99,12 +113,18 @@ def _heads_of(value: ir.Value | None) -> _Heads | None:
     heads, size = sizes[2:]
     if not isinstance(heads, int) or not isinstance(size, int):
         return None
-    return _Heads(split, rotary, heads, size)
+    return _Heads(split, norm, rotary, heads, size)
 
 
 def _flatten(replacement: Replacement, operand: _Heads) -> ir.Value:
     width = operand.heads * operand.size
-    flat = replacement.op("Reshape", operand.split, replacement.shape(0, 0, width))
+    split = operand.split
+    if operand.norm is not None:
+        node = operand.norm
+        inputs, attributes = [split, *node.inputs[1:]], {**node.attributes, "axis": -1}
+        split = replacement.node(node.op_type, inputs, attributes, metadata=node).outputs[0]
+        split.type, split.shape = operand.split.type, operand.split.shape
+    flat = replacement.op("Reshape", split, replacement.shape(0, 0, width))
     _type(flat, operand.split, width)
     if operand.rotary is None:
         return flat

@@ -4,6 +4,7 @@ Exporters build masks by the general recipe of the model's library, for every pa
 
     all-true      And(i ≥ 0, m), i counted from 0            →  Expand(m, Shape(i)), or m
     index grid    GatherND(m, (0…b−1) × (0…s−1)) [b,1,1,s]   →  Unsqueeze(Slice(m, :b, :s))
+    no expansion  Expand(m, shape of m)                      →  m
 
 Preconditions: what is compared is a Range from 0 upwards, shifted only upwards and moved between axes; the
 grid's axes are such Ranges, one per axis of m, in order, and every further axis of the result has length 1.
@@ -75,6 +76,20 @@ def _not_negative(value: ir.Value | None, depth: int = 0) -> bool:
     if is_op(node, "Add", "Max"):
         return all(_not_negative(operand, depth + 1) for operand in node.inputs)
     return is_op(node, *_MOVES) and _not_negative(node.inputs[0], depth + 1)
+
+
+class DropMaskExpand(Rule):
+    """Expand(m, shape of m) → m."""
+
+    name = "mask-drop-expand"
+    roots = ("Expand",)
+
+    def apply(self, node: ir.Node) -> bool:
+        """Drop one Expand of a boolean value."""
+        mask, result = node.inputs[0], node.outputs[0]
+        if mask is None or mask.dtype != ir.DataType.BOOL or not same_shape(mask, result):
+            return False
+        return Replacement(node).finish(mask)
 
 
 class SelectInsteadOfGather(Rule):
@@ -171,4 +186,4 @@ def _length(count: ir.Node) -> int | str | None:
     return sizes[0] if sizes else None
 
 
-MASK_RULES: tuple[Rule, ...] = (DropAlwaysTrue(), SelectInsteadOfGather())
+MASK_RULES: tuple[Rule, ...] = (DropAlwaysTrue(), DropMaskExpand(), SelectInsteadOfGather())

@@ -58,7 +58,7 @@ class FoldConvolutionScale(Rule):
         if node.op_type in {"Mul", "Add"} and _convolution(left) is None:
             left, right = right, left
         convolution = _convolution(left)
-        if convolution is None or right is None:
+        if convolution is None or constant_tensor(right) is None or right is None:
             return False
         factor = _per_channel(right, convolution)
         if factor is None:

@@ -18,6 +18,7 @@ from .gelu import FuseGelu
 from .linear_scale import FoldLinearScale
 from .merge_linears import MergeLinears
 from .reshapes import CollapseReshapes
+from .splits import SPLIT_RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Fuse(Pass):
             FoldConvolutionScale(),
             FoldLinearScale(),
             *MASK_RULES,
+            *SPLIT_RULES,
         ]
         merges: list[Rule] = []
         if self.merge_linears:

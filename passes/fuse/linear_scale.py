@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..canonicalize.graph_edits import constant, only_use, producer, rank
+from ..canonicalize.graph_edits import constant, constant_tensor, only_use, producer, rank
 from ..infrastructure.rewriter import Replacement, Rule, missed
 from .merge_linears import Branch, find_branch
 from .weights import Array
@@ -33,6 +33,8 @@ class FoldLinearScale(Rule):
             scaled, other = other, scaled
         linear = _linear(scaled)
         if linear is None or other is None:
+            return False
+        if constant_tensor(other) is None:
             return False
         factor = _factor(other, linear)
         if factor is None:

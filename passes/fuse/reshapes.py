@@ -3,9 +3,10 @@
     Reshape(Reshape(x, s), t)  →  Reshape(x, t)
     Reshape(x, shape of x)     →  x
 
-Preconditions: both shapes are constants. A 0 in t ("copy this axis of the input") must stand where s has a
-number, which replaces it, or a 0, which then copies the same axis of x. Shapes are equal if they are the same
-numbers or symbols.
+Preconditions: the shape of the result is known to be the shape of x. Else t is a constant, in which a 0
+("copy this axis of the input") stands where s has a number, which replaces it; where s has a 0, which then
+copies the same axis of x; or where the length after the first Reshape is known, or known to be that of the
+same axis of x. Known to be equal means: the same number or the same symbol.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class CollapseReshapes(Rule):
         source = inner.inputs[0] if inner is not None else None
         if inner is None or source is None:
             return False
+        if same_shape(source, node.outputs[0]):
+            return Replacement(node).finish(source)
         shape = _composed(inner, node)
         if shape is None:
             return False
@@ -55,17 +58,23 @@ def _keeps(value: ir.Value, shape: list[int]) -> bool:
 
 def _composed(inner: ir.Node, outer: ir.Node) -> list[int] | None:
     """What the outer Reshape asks for, said of the input of the inner one."""
-    first, second = integers(inner.inputs[1]), integers(outer.inputs[1])
-    if first is None or second is None:
+    shape = integers(outer.inputs[1])
+    if shape is None or integer(inner, "allowzero", 0) or integer(outer, "allowzero", 0):
         return None
-    if integer(inner, "allowzero", 0) or integer(outer, "allowzero", 0):
+    composed = [entry if entry else _copied(inner, axis) for axis, entry in enumerate(shape)]
+    known = [entry for entry in composed if entry is not None]
+    return known if len(known) == len(composed) else None
+
+
+def _copied(inner: ir.Node, axis: int) -> int | None:
+    """How to ask of the input of ``inner`` for the length that its output has along ``axis``."""
+    shape = integers(inner.inputs[1]) or []
+    if axis < len(shape) and shape[axis] >= 0:
+        return shape[axis]
+    before, after = dims(inner.inputs[0]) or [], dims(inner.outputs[0]) or []
+    if axis >= len(after) or after[axis] is None:
         return None
-    shape = []
-    for axis, entry in enumerate(second):
-        if entry != 0:
-            shape.append(entry)
-        elif axis < len(first) and first[axis] >= 0:
-            shape.append(first[axis])
-        else:
-            return None
-    return shape
+    length = after[axis]
+    if isinstance(length, int):
+        return length
+    return 0 if axis < len(before) and before[axis] == length else None

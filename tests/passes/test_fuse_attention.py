@@ -1,5 +1,7 @@
 """Attention and rotary embedding take over the split of the heads; masks lose what is always true."""
 
+import collections
+
 import numpy as np
 import onnx.parser
 import onnx.shape_inference
@@ -40,6 +42,7 @@ def attention_model(
     past: bool = False,
     mask: str | None = None,
     rotary: bool = False,
+    norm: str = "",
     causal: int = 0,
     body: str = "",
     outputs: str = "",
@@ -51,10 +54,14 @@ def attention_model(
         lines.append(
             f"{name}s = Constant<value_ints = [0, 0, {heads}, {SIZE}]>() {name}r = Reshape({name}, {name}s)"
         )
-        moved = f"{name}m" if rotary and name != "v" else f"{name}t"
-        lines.append(f"{moved} = Transpose<perm = [0, 2, 1, 3]>({name}r)")
-        if moved == f"{name}m":
-            lines.append(f"{name}t = RotaryEmbedding({name}m, cosine, sine)")
+        lines.append(f"{name}0 = Transpose<perm = [0, 2, 1, 3]>({name}r)")
+        steps = [step for step in (norm, "RotaryEmbedding(X, cosine, sine)" if rotary else "") if step]
+        for index, step in enumerate(steps if name != "v" else []):
+            lines.append(f"{name}{index + 1} = {step.replace('X', f'{name}{index}')}")
+        last = lines.pop()
+        lines.append(f"{name}t = {last.partition(' = ')[2]}")
+    if norm:
+        inputs += [f"float[{SIZE}] scale", f"float[{HEADS},1,{SIZE}] scales"]
     if rotary:
         inputs += [f"float[b,s,{SIZE // 2}] cosine", f"float[b,s,{SIZE // 2}] sine"]
     if mask:
@@ -105,6 +112,8 @@ def feeds_of(model: ir.Model, lengths: dict[str, int] | None = None) -> Arrays:
         {"mask": "float[s,s] mask"},
         {"mask": f"bool[b,{HEADS},s,s] mask"},
         {"rotary": True},
+        {"norm": "RMSNormalization<axis = -1>(X, scale)", "rotary": True},
+        {"norm": "LayerNormalization(X, scale)"},
         {"rotary": True, "past": True, "kv_heads": 2, "causal": 1},
     ],
     ids=str,
@@ -115,9 +124,14 @@ def test_heads_are_split_by_attention(options):
     before = run(model, feeds)
     hits = apply_rules(model, [FlattenAttentionHeads(), CollapseReshapes()])
     assert hits["flatten-attention-heads"] == 1
-    rotations = ["RotaryEmbedding"] * 2 if options.get("rotary") else []
-    assert ops(model) == [*rotations, "Attention"]
-    attention = model.graph[-1]
+    remaining = collections.Counter(ops(model))
+    norms = remaining["RMSNormalization"] + remaining["LayerNormalization"]
+    assert norms == (2 if "norm" in options else 0)
+    assert remaining["RotaryEmbedding"] == (2 if "rotary" in options else 0)
+    # A norm needs the heads apart, so they are split in front of it and joined behind it.
+    assert remaining["Reshape"] == 2 * norms
+    assert remaining["Transpose"] == 0
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
     assert attention.attributes["q_num_heads"].as_int() == HEADS
     assert attention.attributes["kv_num_heads"].as_int() == options.get("kv_heads", HEADS)
     for new, old in zip(run(model, feeds), before, strict=True):
@@ -132,8 +146,17 @@ def test_heads_are_split_by_attention(options):
         {"body": "z = Neg(a)", "outputs": f", float[b,{HEADS},s,{SIZE}] z"},
         {"body": "z = Neg(kt)", "outputs": f", float[b,{HEADS},s,{SIZE}] z"},
         {"outputs": f", float[b,{HEADS},s,{SIZE}] qt"},
+        {"norm": "RMSNormalization<axis = -1>(X, scales)"},
+        {"norm": "RMSNormalization<axis = 2>(X, scale)"},
     ],
-    ids=["result is an output", "result has another reader", "key has another reader", "query is an output"],
+    ids=[
+        "result is an output",
+        "result has another reader",
+        "key has another reader",
+        "query is an output",
+        "a scale per head",
+        "norm over positions",
+    ],
 )
 def test_operands_and_results_that_others_read_keep_their_layout(options):
     model = attention_model(**options)
@@ -193,6 +216,14 @@ def test_reshapes_collapse(first, second, shape):
     np.testing.assert_array_equal(run(model, feeds)[0], before)
 
 
+def test_a_copied_axis_whose_length_is_known_is_copied_from_the_source():
+    model = reshape_model([0, -1, 4, 8], [0, 0, 32])
+    split = model.graph[0].outputs[0]
+    split.shape = ir.Shape(["b", "s", 4, 8])
+    assert apply_rules(model, [CollapseReshapes()])["collapse-reshapes"] > 0
+    assert ops(model) == ["Identity"]
+
+
 def test_a_copied_axis_that_the_first_reshape_computes_stays():
     model = reshape_model([-1, 16], [0, 4, 4])
     assert apply_rules(model, [CollapseReshapes()]) == {"collapse-reshapes": 0}
@@ -250,7 +281,8 @@ def test_an_encoder_mask_is_the_mask_of_the_keys(mask_batch):
         "attention_mask": np.array([[1] * 6, [1, 1, 0, 0, 0, 0], [1] * 6]),
     }
     before = run(model, feeds)
-    assert apply_rules(model, MASK_RULES) == {"mask-drop-always-true": 1, "mask-select": 1}
+    hits = apply_rules(model, MASK_RULES)
+    assert (hits["mask-drop-always-true"], hits["mask-select"]) == (1, 1)
     remaining = ops(model)
     assert not {"GatherND", "And", "GreaterOrEqual", "Max"} & set(remaining)
     assert ("Slice" in remaining) == (mask_batch == "other")
@@ -268,3 +300,13 @@ def test_a_grid_that_does_not_start_at_the_corner_stays():
 
 def test_a_grid_of_swapped_axes_stays():
     assert apply_rules(mask_model(order="k5, r5"), MASK_RULES)["mask-select"] == 0
+
+
+@pytest.mark.parametrize(("target", "kept"), [("b,1,s,s", False), ("b,4,s,s", True)], ids=["same", "larger"])
+def test_an_expansion_to_the_same_shape_is_dropped(target, kept):
+    model = model_of(
+        f"""g (bool[b,1,s,s] m, int64[4] shape) => (bool[{target}] y) {{ e = Expand(m, shape) y = Not(e) }}"""
+    )
+    model.graph[0].outputs[0].shape = ir.Shape([int(d) if d.isdecimal() else d for d in target.split(",")])
+    assert apply_rules(model, MASK_RULES)["mask-drop-expand"] == (not kept)
+    assert ops(model) == (["Expand", "Not"] if kept else ["Not"])
