@@ -47,28 +47,31 @@ def verify(model: ir.Model) -> None:
 
 
 class _Verifier:
-    """Checks one root graph (the model's or a function's) and everything inside."""
+    """Checks one root graph (the model's or a function's) and everything inside.
+
+    This runs after every pass on every node: the loops look at each thing once, and leave the wording of
+    errors to functions that are only called for them.
+    """
 
     def __init__(self, model: ir.Model, root: ir.Graph) -> None:
         self._functions = model.functions
         self._root = root
         self._domains = root.opset_imports.keys()
-        self._scope: dict[str, ir.Value] = {}  # the visible values, by name
-        self._visible: set[ir.Value] = set()
-        self._reads: dict[ir.Value, int] = {}  # every value seen: how many inputs read it
+        self._scope: dict[str, ir.Value] = {}  # the visible values by name
+        self._reads: dict[ir.Value, int] = {}  # the visible values: how many inputs have read them so far
+        self._wrong_uses: list[tuple[ir.Value, int]] = []
 
     def check_graphs(self) -> None:
-        """Check the root graph and its subgraphs, and count how often each value is read."""
+        """Check the root graph and its subgraphs, and note the values whose uses are not what reads them."""
         self._check_graph(self._root)
 
     def check_uses(self) -> None:
-        """Compare what was counted with what the values know."""
-        for value, count in self._reads.items():
-            if len(value.uses()) != count:
-                raise _wrong_uses(value, count)
+        """Raise for the first value that was noted."""
+        for value, reads in self._wrong_uses:
+            raise _wrong_uses(value, reads)
 
     def _check_graph(self, graph: ir.Graph) -> None:
-        visible, reads, domains = self._visible, self._reads, self._domains
+        reads, domains = self._reads, self._domains
         defined = list(dict.fromkeys((*graph.inputs, *graph.initializers.values())))
         for value in defined:
             self._define(value, None)
@@ -76,7 +79,7 @@ class _Verifier:
         for node in graph:
             for read in node.inputs:
                 if read is not None:
-                    if read not in visible:
+                    if read not in reads:
                         raise _undefined(node, read, graph)
                     reads[read] += 1
             if node.domain not in domains:
@@ -90,25 +93,24 @@ class _Verifier:
                     self._check_graph(subgraph)
             for value in node.outputs:
                 self._define(value, node)
-            defined.extend(node.outputs)
+                defined.append(value)
         self._check_outputs(graph)
-        for value in defined:
-            visible.discard(value)
-            self._scope.pop(value.name or "", None)
+        for value in defined:  # they go out of scope
+            count = reads.pop(value)
+            if len(value.uses()) != count:
+                self._wrong_uses.append((value, count))
+            if value.name:
+                del self._scope[value.name]
 
     def _define(self, value: ir.Value, node: ir.Node | None) -> None:
         name = value.name
-        if name:
-            other = self._scope.setdefault(name, value)
-            if other is not value:
-                raise _error(
-                    node or other.producer(), f"two values are called '{name}'", hint="names are unique"
-                )
-        elif value.uses() or value.is_graph_output():
-            raise _error(node, f"output {value.index()} is used but has no name")
+        if not name:
+            if value.uses() or value.is_graph_output():
+                raise _error(node, f"output {value.index()} is used but has no name")
+        elif self._scope.setdefault(name, value) is not value:
+            raise _error(node or self._scope[name].producer(), f"two values are called '{name}'")
         if value.producer() is not node:
             raise _error(node or value.producer(), f"'{name}' does not know the node that produces it")
-        self._visible.add(value)
         self._reads[value] = 0
 
     def _check_call(self, node: ir.Node) -> None:
@@ -128,7 +130,7 @@ class _Verifier:
     def _check_outputs(self, graph: ir.Graph) -> None:
         for value in graph.outputs:
             # A subgraph may hand an outer value through: it is visible, and that is enough.
-            if value not in self._visible:
+            if value not in self._reads:
                 raise _error(
                     value.producer(), f"output '{value.name}' of graph '{graph.name}' is not produced"
                 )
@@ -147,7 +149,7 @@ def _check_initializers(graph: ir.Graph) -> None:
             raise _initializer_error(
                 graph, name, f"is {value.dtype.name}, but its data is {tensor.dtype.name}"
             )
-        if value.shape is not None and value.shape != tensor.shape:
+        if value.shape is not None and value.shape is not tensor.shape and value.shape != tensor.shape:
             raise _initializer_error(graph, name, f"has shape {value.shape}, but its data has {tensor.shape}")
 
 
