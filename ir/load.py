@@ -15,7 +15,7 @@ from .external import map_external_tensors
 from .opset import convert_opset, settle_ir_version
 from .skeleton import read_skeleton
 from .verify import verify
-from .walk import all_graphs
+from .walk import all_graphs, root_graphs
 from .weights import check_finite, detach_from_protobuf
 
 REMARKS_KEY = "planish.remarks"
@@ -129,10 +129,17 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
         return ir.serde.deserialize_model(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
-        cause = error.__cause__ or error
         raise ModelError(
-            f"{name}: malformed ONNX: {cause}", hint="check it with onnx.checker.check_model"
+            f"{name}: malformed ONNX, or a kind of value that is not supported: {_innermost(error)}",
+            hint="check it with onnx.checker.check_model",
         ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    """What was wrong in the first place, in one line: onnx_ir wraps an error for each message around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _make_constant_inputs_constant(model: ir.Model) -> None:
@@ -150,9 +157,22 @@ def _check_structure(model: ir.Model, name: str) -> None:
     if not len(model.graph) and not model.graph.outputs:
         raise ModelError(f"{name}: the graph is empty", hint="export the model again")
     try:
-        verify(model)
+        _verify_sorted(model)
     except VerificationError as error:
         broken = ModelError(f"{name}: {error.message}", hint="check it with onnx.checker.check_model")
         for note in getattr(error, "__notes__", ()):
             broken.add_note(note)
         raise broken from None
+
+
+def _verify_sorted(model: ir.Model) -> None:
+    """Verify; sort the nodes first if that is what is wrong, as runtimes do."""
+    try:
+        verify(model)
+    except VerificationError:
+        for root in root_graphs(model):
+            try:
+                root.sort()
+            except ValueError:
+                raise VerificationError(f"graph '{root.name}' has a cycle") from None
+        verify(model)

@@ -290,7 +290,7 @@ def test_two_weights_of_one_name() -> None:
     [
         ("MatMul(x, w)", "MatMul(x, nowhere)", "input 'nowhere' is no graph input"),
         ("y = MatMul(x, w)", "other = MatMul(x, w)", "output 'y' of graph 'linear' is not produced"),
-        ("y = MatMul(x, w)", "y = Relu(z) z = MatMul(x, w)", "used before"),
+        ("y = MatMul(x, w)", "y = Add(z, x) z = Relu(y)", "graph 'linear' has a cycle"),
         ("y = MatMul(x, w)", "y = MatMul(x, w) y = MatMul(x, w)", "'y'"),
         ("y = MatMul(x, w)", "y = custom.Op(x, w)", "domain 'custom' is not imported"),
     ],
@@ -315,3 +315,16 @@ def test_sparse_weights() -> None:
 
 def test_loaded_models_are_sound() -> None:
     verify(load(linear()))
+
+
+def test_unsorted_nodes_are_sorted() -> None:
+    text = LINEAR.replace("y = MatMul(x, w)", "y = Relu(z) z = MatMul(x, w)")
+    assert [node.op_type for node in load(onnx.parser.parse_model(text)).graph] == ["MatMul", "Relu"]
+
+
+def test_kinds_of_values_that_the_ir_does_not_have() -> None:
+    model = linear()
+    model.graph.output[0].type.sequence_type.elem_type.map_type.key_type = TensorProto.INT64
+    with pytest.raises(ModelError, match="not supported") as caught:
+        load(model)
+    assert len(str(caught.value).splitlines()) == 1
