@@ -1,8 +1,9 @@
 """Timing candidates for one op on this machine, and how far each is from the op's body; cached on disk.
 
 Every candidate is a small model over the same inputs. They are timed in turn, round by round, so that a slow
-moment of the machine hits all of them alike, and the median counts. The error is measured in the same go
-against the body as the onnx reference evaluator computes it: a kernel that saturates on this CPU is seen.
+moment of the machine hits all of them alike; the first quartile counts, because whatever else the machine
+does only ever adds time. The error is measured in the same go against the body as the onnx reference
+evaluator computes it: a kernel that saturates on this CPU is seen.
 
 A cache entry is one JSON file, named after the hash of everything that the result depends on: onnxruntime's
 version, the CPU, the threads, the op, its shape and the candidates. Entries that cannot be read are measured
@@ -35,7 +36,7 @@ from .machine import cache_directory, fingerprint
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the meaning of a measurement changes."""
 _REFUSALS = (
     state.Fail,
@@ -45,7 +46,7 @@ _REFUSALS = (
     state.RuntimeException,
 )
 _WARM_UP_ROUNDS = 2
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
+_FEWEST_ROUNDS, _MOST_ROUNDS = 7, 50
 _SECONDS_PER_CANDIDATE = 0.1
 
 
@@ -62,7 +63,7 @@ class Measurement:
     """What one candidate takes and how far it is off; both infinite where onnxruntime refuses it.
 
     Attributes:
-        seconds: median of one run.
+        seconds: of one run: the first quartile of many.
         error: ‖candidate − body‖ / ‖body‖ (Frobenius).
         refusal: what onnxruntime said.
     """
@@ -115,7 +116,7 @@ class Microbenchmark:
             except _REFUSALS as refusal:
                 result[name] = Measurement(math.inf, math.inf, str(refusal).splitlines()[0])
         errors = _errors(sessions, body(), check_feeds())
-        seconds = _median_seconds(sessions, feeds())
+        seconds = _seconds(sessions, feeds())
         result |= {name: Measurement(seconds[name], errors[name]) for name in sessions}
         _write(key, result)
         return result
@@ -144,7 +145,7 @@ def _errors(
     }
 
 
-def _median_seconds(sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Feeds) -> dict[str, float]:
+def _seconds(sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Feeds) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(_WARM_UP_ROUNDS):
         for session in sessions.values():
@@ -157,7 +158,7 @@ def _median_seconds(sessions: Mapping[str, onnxruntime.InferenceSession], feeds:
             start = time.perf_counter()
             session.run(None, feeds)
             times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(samples)) for name, samples in times.items()}
+    return {name: float(np.quantile(samples, 0.25)) for name, samples in times.items()}
 
 
 def _path(key: Mapping[str, object]) -> Path:

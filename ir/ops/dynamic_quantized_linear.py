@@ -32,8 +32,11 @@ _TENSOR = """
   accumulator = MatMulInteger (x_quantized, W, x_zero_point, zero_point)
   accumulated = Cast <to: int = 1> (accumulator)
   product_scale = Mul (x_scale, scale)
+  product = Mul (accumulated, product_scale)
 """
 
+# Columns are scaled first and tokens after: with one product of both scales, onnxruntime 1.31 takes the nodes
+# for the ``tensor`` form, fuses them with the bias, and uses the first token's scale for all of them.
 # 1.1754944e-38 is the smallest normal float32: a token of zeros divides by it instead of by zero.
 _TOKEN = """
   last_axis = Constant <value_ints: ints = [-1]> ()
@@ -51,7 +54,8 @@ _TOKEN = """
   x_zero_point = Cast <to: int = 2> (middle)
   accumulator = MatMulInteger (x_quantized, W, x_zero_point, zero_point)
   accumulated = Cast <to: int = 1> (accumulator)
-  product_scale = Mul (x_scale, scale)
+  scaled_columns = Mul (accumulated, scale)
+  product = Mul (scaled_columns, x_scale)
 """
 
 DEFINITIONS = {
@@ -59,14 +63,9 @@ DEFINITIONS = {
         OP_TYPE,
         overload,
         f"<bits> (X, W, scale, zero_point{', bias' if has_bias else ''}) => (Y)",
-        quantize
-        + (
-            "  product = Mul (accumulated, product_scale)\n  Y = Add (product, bias)\n"
-            if has_bias
-            else "  Y = Mul (accumulated, product_scale)\n"
-        ),
+        body + "  Y = Add (product, bias)\n" if has_bias else body.replace("  product =", "  Y ="),
     )
-    for granularity, quantize in (("tensor", _TENSOR), ("token", _TOKEN))
+    for granularity, body in (("tensor", _TENSOR), ("token", _TOKEN))
     for overload, has_bias in ((granularity, False), (f"{granularity}_bias", True))
 }
 
