@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..ir.printer import module_scope
 from .measure import difference
-from .reference import run_model
+from .reference import ancestors, run_model
 
 Array = np.ndarray[Any, Any]
 
@@ -35,8 +35,8 @@ class TensorDifference:
         detail: what differs, in words: ``by 0.5 relative`` or ``shape [2, 3] instead of [2, 4]``.
         node: name of the node that computes it now.
         op: that node's op.
-        layer: the layer it belongs to: the torch module if known, else the owner of the node's weights, else
-            the nearest layer that the node depends on.
+        layer: the layer it belongs to: the owner of a changed weight, else the torch module if known, else
+            the owner of the node's weights, else the nearest layer that the node depends on.
         changed_weights: initializers that the node reads whose values are not the same in both graphs.
         vanished: tensors that the reference computes right before this one and that are gone.
     """
@@ -113,7 +113,7 @@ def first_difference(
     """
     wanted = [value for value in after.graph.outputs if outputs is None or value.name in outputs]
     producers = {value.name: node for node in before.graph for value in node.outputs}
-    needed = _ancestors(wanted)
+    needed = ancestors(wanted)
     candidates = [
         value
         for node in after.graph
@@ -156,32 +156,6 @@ def _nearest_layer(nodes: Sequence[ir.Node]) -> str:
     return ""
 
 
-def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
-    """The nodes that values depend on, those that feed subgraphs from outside included."""
-    pending = [node for value in values if (node := value.producer()) is not None]
-    seen: set[ir.Node] = set(pending)
-    while pending:
-        node = pending.pop()
-        for before in _predecessors(node):
-            if before not in seen:
-                seen.add(before)
-                pending.append(before)
-    return seen
-
-
-def _predecessors(node: ir.Node) -> Iterator[ir.Node]:
-    yield from node.predecessors()
-    for attribute in node.attributes.values():
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
-            for graph in graphs:
-                for inner in graph.all_nodes():
-                    yield from inner.predecessors()
-                for value in graph.outputs:
-                    if (producer := value.producer()) is not None:
-                        yield producer
-
-
 def _chunks(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
     for start in range(0, len(values), _CHUNK):
         yield values[start : start + _CHUNK]
@@ -206,7 +180,7 @@ def _describe(
         detail=detail,
         node=node.name or "",
         op=node.op_type,
-        layer=_nearest_layer(suspects),
+        layer=changed[0].rpartition(".")[0] if changed and "." in changed[0] else _nearest_layer(suspects),
         changed_weights=changed,
         vanished=tuple(suspect.outputs[0].name or "" for suspect in lost),
     )

@@ -5,13 +5,12 @@ What checks and comparisons run. Speed does not matter here; that onnxruntime ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..ir import clone
 from ..ir.errors import InputError, TargetError
@@ -84,8 +83,39 @@ def _with_outputs(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
     if unknown:
         raise InputError(f"the graph has no tensor {unknown[0]!r}")
     graph.outputs[:] = [values[name] for name in outputs]
-    RemoveUnusedNodesPass()(copy)
+    # Nodes go, outputs of the nodes that stay do not: some kernels want their optional outputs together.
+    needed = ancestors(graph.outputs)
+    graph.remove([node for node in graph if node not in needed], safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]
     return copy
+
+
+def ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """The nodes that values depend on, those that feed subgraphs from outside included."""
+    pending = [node for value in values if (node := value.producer()) is not None]
+    seen: set[ir.Node] = set(pending)
+    while pending:
+        node = pending.pop()
+        for before in _predecessors(node):
+            if before not in seen:
+                seen.add(before)
+                pending.append(before)
+    return seen
+
+
+def _predecessors(node: ir.Node) -> Iterator[ir.Node]:
+    yield from node.predecessors()
+    for attribute in node.attributes.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
+            for graph in graphs:
+                for inner in graph.all_nodes():
+                    yield from inner.predecessors()
+                for value in graph.outputs:
+                    if (producer := value.producer()) is not None:
+                        yield producer
 
 
 def _first_line(error: BaseException) -> str:

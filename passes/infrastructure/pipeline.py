@@ -39,8 +39,8 @@ class Pipeline:
 
         Args:
             passes: pipeline text, the path (`pathlib.Path`) of a YAML recipe, a pass object or class, an
-                `onnx_ir` pass, another pipeline, a name with options (``{"quantize": {"scheme": "W8A8"}}``), or a
-                list that mixes those.
+                `onnx_ir` pass, another pipeline, a name with options
+                (``{"quantize": {"scheme": "W8A8"}}``), or a list that mixes those.
 
         Raises:
             PipelineError: a name or option is unknown, a value has the wrong type, or an item is no pass.

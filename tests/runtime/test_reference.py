@@ -47,6 +47,17 @@ def test_only_what_the_outputs_need_is_run():
         run_model(model, X)
 
 
+def test_optional_outputs_stay_where_nobody_reads_them():
+    # onnxruntime's Attention refuses past_key without present_key.
+    model = parse(
+        """<ir_version: 11, opset_import: ["": 23]>
+        net (float[1, 1, 2, 4] q, float[1, 1, 3, 4] past) => (float[1, 1, 2, 4] y, float[1, 1, 5, 4] key)
+        { y, key, value = Attention(q, q, q, , past, past) }"""
+    )
+    feeds = {"q": np.ones((1, 1, 2, 4), np.float32), "past": np.zeros((1, 1, 3, 4), np.float32)}
+    assert run_model(model, feeds, ["y"])["y"].shape == (1, 1, 2, 4)
+
+
 def test_running_leaves_the_model_alone():
     model = parse(TWO_LAYERS)
     run_model(model, X, ["h"])
