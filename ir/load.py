@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ from .external import map_external_tensors
 from .opset import convert_opset, settle_ir_version
 from .skeleton import read_skeleton
 from .verify import verify
-from .walk import all_graphs, root_graphs
+from .walk import all_graphs, all_nodes, root_graphs
 from .weights import check_finite, detach_from_protobuf
 
 REMARKS_KEY = "planish.remarks"
@@ -61,6 +62,7 @@ def load(
             hint="pass a path, an onnx.ModelProto or an onnx_ir.Model; a torch module goes to planish.trace",
         )
     map_external_tensors(model, folder=folder, source=name)
+    _check_parts(model, name)
     detach_from_protobuf(model, source=name)
     _make_constant_inputs_constant(model)
     _check_structure(model, name)
@@ -133,6 +135,32 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
             f"{name}: malformed ONNX, or a kind of value that is not supported: {_innermost(error)}",
             hint="check it with onnx.checker.check_model",
         ) from error
+
+
+def _check_parts(model: ir.Model, name: str) -> None:
+    """Check what the deserialiser lets pass: text that is not UTF-8 (it comes as bytes), empty attributes."""
+    if any(isinstance(text, bytes) for text in _texts(model)):
+        raise ModelError(f"{name}: holds text that is not UTF-8", hint="the file is damaged: export it again")
+    for node in all_nodes(model):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.UNDEFINED:
+                raise ModelError(
+                    f"{name}: node {node.op_type} '{node.name}': attribute '{attribute.name}' has no value",
+                    hint="the file is damaged: export it again",
+                )
+
+
+def _texts(model: ir.Model) -> Iterator[object]:
+    yield from (*model.opset_imports, *model.metadata_props, *model.metadata_props.values())
+    for function in model.functions.values():
+        yield from function.identifier()
+    for graph in all_graphs(model):
+        yield graph.name
+        yield from (value.name for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs))
+        for node in graph:
+            yield from (node.name, node.op_type, node.domain, node.overload, node.doc_string)
+            yield from (value.name for value in (*node.inputs, *node.outputs) if value is not None)
+            yield from (*node.attributes, *node.metadata_props, *node.metadata_props.values())
 
 
 def _innermost(error: BaseException) -> str:

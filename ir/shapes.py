@@ -6,6 +6,7 @@ the first node that it cannot handle; here that node's outputs stay as they are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -25,12 +26,13 @@ def infer_shapes(model: ir.Model, *, for_rewriting: bool = False) -> None:
 
     What is known already stays: an inferred dimension only replaces an unknown one or a symbol, and an
     inference that contradicts what the model declares is dropped. Nodes of unknown ops, and malformed nodes,
-    leave their outputs as they are.
+    leave their outputs as they are. Symbols must be names or formulas: ``batch:size`` becomes ``batch_size``.
 
     For rewriting, equal symbols must mean equal dimensions: symbols that the model declares for its outputs
     are not spread to values whose equality the engine only assumed. And what is known about the contents of
     shape tensors stays noted, under ``onnx_shape_inference.SYM_DATA_KEY``, for the caller to read and remove.
     """
+    _rename_unreadable_symbols(model)
     domains: dict[ir.Node, str] = {}  # of the nodes that are passed over
     _pass_over([node for node in all_nodes(model) if _is_misjudged(node)], domains)
     conditionals = [node for node in all_nodes(model) if node.op_type == "If" and node.domain == ""]
@@ -51,6 +53,32 @@ def infer_shapes(model: ir.Model, *, for_rewriting: bool = False) -> None:
     _write_numbers_as_numbers(model)
     if not for_rewriting:
         forget_shape_contents(model)
+
+
+def _rename_unreadable_symbols(model: ir.Model) -> None:
+    """Rename the symbols that cannot be read as formulas; each keeps a name of its own."""
+    values = [value for value in all_values(model) if value.shape is not None and not value.shape.is_static()]
+    symbols = {dim.value for value in values for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
+    names: dict[str | None, str] = {}
+    for symbol in sorted(symbol for symbol in symbols if symbol is not None):
+        if not _is_formula(symbol):
+            name = re.sub(r"\W", "_", f"_{symbol}" if symbol[:1].isdecimal() else symbol, flags=re.ASCII)
+            while name in symbols or name in names.values():
+                name += "_"
+            names[symbol] = name
+    if not names:
+        return
+    for value in values:
+        dims = [names.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape or ()]
+        value.shape = ir.Shape(dims)
+
+
+def _is_formula(symbol: str) -> bool:
+    try:
+        ir.SymbolicDim(symbol).free_symbols()
+    except ValueError:
+        return False
+    return True
 
 
 def forget_shape_contents(model: ir.Model) -> None:

@@ -9,6 +9,7 @@ from .errors import ModelError
 from .external import array_tensor, release
 from .walk import all_graphs, replace_tensors
 
+_DAMAGED = "the file is damaged: export the model again"
 _CHUNK = 1 << 22
 """Elements tested at a time, so that the test of a large weight needs little memory."""
 
@@ -28,21 +29,30 @@ def detach_from_protobuf(model: ir.Model, *, source: str) -> None:
     Raises:
         ModelError: names the first weight whose data does not fit its shape and dtype.
     """
-    replace_tensors(
-        model,
-        lambda tensor: _own_tensor(tensor, source) if isinstance(tensor, ir.TensorProtoTensor) else tensor,
-    )
+    replace_tensors(model, lambda tensor: _own_tensor(tensor, source))
 
 
-def _own_tensor(tensor: ir.TensorProtoTensor, source: str) -> ir.TensorProtocol:
-    data = tensor.tobytes()
-    if len(data) != tensor.nbytes:
+def _own_tensor(tensor: ir.TensorProtocol, source: str) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.StringTensor):
+        _check_size(tensor, len(tensor.string_data()), tensor.size, "strings", source)
+        return tensor
+    if not isinstance(tensor, ir.TensorProtoTensor):
+        return tensor
+    try:
+        data = tensor.tobytes()
+    except ValueError as error:
+        raise ModelError(f"{source}: weight '{tensor.name}': {error}", hint=_DAMAGED) from error
+    _check_size(tensor, len(data), tensor.nbytes, "bytes", source)
+    return array_tensor(np.frombuffer(data, np.uint8), tensor)
+
+
+def _check_size(tensor: ir.TensorProtocol, found: int, expected: int, unit: str, source: str) -> None:
+    if found != expected:
         raise ModelError(
             f"{source}: weight '{tensor.name}' ({tensor.dtype.name}{list(tensor.shape)}) needs "
-            f"{tensor.nbytes} bytes, found {len(data)}",
-            hint="the file is damaged: export the model again",
+            f"{expected} {unit}, found {found}",
+            hint=_DAMAGED,
         )
-    return array_tensor(np.frombuffer(data, np.uint8), tensor)
 
 
 def check_finite(model: ir.Model, *, source: str) -> None:

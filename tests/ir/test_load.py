@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
-from planish.ir import diff_models, load, release, verify
+from planish.ir import diff_models, infer_shapes, load, release, verify
 from planish.ir.errors import ModelError
 
 LINEAR = """
@@ -328,3 +329,49 @@ def test_kinds_of_values_that_the_ir_does_not_have() -> None:
     with pytest.raises(ModelError, match="not supported") as caught:
         load(model)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_text_that_is_no_text() -> None:
+    content = linear(WEIGHT).SerializeToString().replace(b"linear", b"l\xffnear")
+    with pytest.raises(ModelError, match="not UTF-8"):
+        load(onnx.ModelProto.FromString(content))
+
+
+def test_an_attribute_without_a_value() -> None:
+    model = linear()
+    model.graph.node[0].attribute.add(name="axis")
+    with pytest.raises(ModelError, match="attribute 'axis' has no value"):
+        load(model)
+
+
+def test_a_weight_of_no_type() -> None:
+    model = linear(WEIGHT)
+    model.graph.initializer[0].data_type = TensorProto.UNDEFINED
+    with pytest.raises(ModelError, match="weight 'w'"):
+        load(model)
+
+
+@given(position=st.integers(0, 10**6), byte=st.integers(0, 255))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_one_damaged_byte_is_read_or_refused(position: int, byte: int) -> None:
+    content = bytearray(linear(WEIGHT).SerializeToString())
+    content[position % len(content)] = byte
+    try:
+        model = onnx.ModelProto.FromString(bytes(content))
+    except DecodeError:
+        return
+    try:
+        loaded = load(model)
+    except ModelError:
+        return
+    infer_shapes(loaded)
+    ir.to_proto(loaded).SerializeToString()
+
+
+def test_text_weights_of_another_length() -> None:
+    model = linear(WEIGHT)
+    model.graph.initializer.append(helper.make_tensor("t", TensorProto.STRING, [1], ["text"]))
+    model.graph.initializer[1].dims[0] = 2
+    with pytest.raises(ModelError, match=r"weight 't' .* needs 2 strings, found 1"):
+        load(model)

@@ -107,3 +107,17 @@ def test_nothing_is_left_behind() -> None:
     assert not any(value.metadata_props for node in copy.graph for value in node.outputs)
     assert all(value.shape is None for value in model.graph[1].outputs)
     assert copy.graph[1].outputs[0].shape == ir.Shape([1])
+
+
+def test_symbols_that_are_no_formulas_are_renamed() -> None:
+    model = load(
+        onnx.parser.parse_model(
+            HEADER + "g (float[n, m] x, float[n, k] z) => (float[p, q] y) { y = Relu(x) }"
+        )
+    )
+    model.graph.inputs[0].shape = ir.Shape(["batch size", "x:0"])
+    model.graph.inputs[1].shape = ir.Shape(["batch size", "x_0"])
+    model.graph.outputs[0].shape = None
+    infer_shapes(model)
+    assert str(model.graph.outputs[0].shape) == "[batch_size,x_0_]"
+    assert str(model.graph.inputs[1].shape) == "[batch_size,x_0]"
