@@ -20,7 +20,8 @@ from .graph_edits import (
     graphs,
     is_op,
     opset,
-    remove,
+    retire,
+    sweep,
 )
 
 OLDEST_OPSET = 13
@@ -42,7 +43,7 @@ def fold_constants(model: ir.Model, *, limit: int) -> dict[str, int]:
         return statistics
     for graph in graphs(model):
         pool: dict[tuple[object, ...], ir.Value] = {}
-        for node in graph:
+        for node in sweep(graph):
             if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
                 continue
             if is_op(node, "Constant"):
@@ -91,5 +92,5 @@ def _replace(node: ir.Node, tensor: ir.TensorProtocol, pool: dict[tuple[object, 
         if key is not None:
             pool[key] = value
     output.replace_all_uses_with(value)
-    remove(node)
+    retire(node)
     return True

@@ -18,19 +18,21 @@ def remove_dead_code(model: ir.Model) -> dict[str, int]:
     """Remove nodes and initializers that nothing depends on, inner graphs first."""
     removed = 0
     for graph in reversed(graphs(model)):
+        dead: set[ir.Node] = set()
         for node in reversed(graph):
-            if not any(map(_is_needed, node.outputs)):
-                graph.remove(node, safe=True)
-                removed += 1
+            if not any(_is_needed(value, dead) for value in node.outputs):
+                dead.add(node)
+        graph.remove(dead, safe=True)
+        removed += len(dead)
         for name, value in list(graph.initializers.items()):
-            if not _is_needed(value) and not value.is_graph_input():
+            if not _is_needed(value, set()) and not value.is_graph_input():
                 del graph.initializers[name]
                 removed += 1
     return {"dead-code-removed": removed}
 
 
-def _is_needed(value: ir.Value) -> bool:
-    return value.is_graph_output() or bool(value.uses())
+def _is_needed(value: ir.Value, dead: set[ir.Node]) -> bool:
+    return value.is_graph_output() or any(use.node not in dead for use in value.uses())
 
 
 def merge_common_subexpressions(model: ir.Model) -> dict[str, int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_RETIRED = "planish.retired"
 
 SMALL = 4096
 """Elements of a constant that a rewrite may read to decide something; larger ones are weights."""
@@ -205,18 +207,28 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def bypass(node: ir.Node, value: ir.Value) -> bool:
-    """Remove a node of one output whose result equals ``value``; False where a graph output forbids it."""
+    """Retire a node of one output whose result equals ``value``; False where a graph output forbids it."""
     if not can_replace(node.outputs[0], value):
         return False
     replace_value(node.outputs[0], value)
-    remove(node)
+    retire(node)
     return True
 
 
-def remove(node: ir.Node) -> None:
-    """Take a node whose outputs nobody reads any more out of its graph."""
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
+def sweep(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of a graph from inputs to outputs; those that are retired meanwhile are removed at the end.
+
+    All at once, because removing a node costs onnx_ir a look at every output of the graph.
+    """
+    yield from graph
+    graph.remove([node for node in graph if _RETIRED in node.meta], safe=True)
+
+
+def retire(node: ir.Node) -> None:
+    """Stop a node, whose outputs nobody reads any more, from reading its inputs; `sweep` removes it."""
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    node.meta[_RETIRED] = True
 
 
 def replace_node(
@@ -241,7 +253,7 @@ def replace_node(
 
 
 def take_over(node: ir.Node, new: ir.Node) -> None:
-    """Insert ``new`` before ``node``, give the readers of ``node`` its first output, and remove ``node``."""
+    """Insert ``new`` before ``node``, give the readers of ``node`` its first output, and retire ``node``."""
     assert node.graph is not None
     old_output, new_output = node.outputs[0], new.outputs[0]
     node.graph.insert_before(node, new)
@@ -250,30 +262,20 @@ def take_over(node: ir.Node, new: ir.Node) -> None:
     new_output.type = old_output.type
     new_output.metadata_props.update(old_output.metadata_props)
     old_output.replace_all_uses_with(new_output, replace_graph_outputs=True)
-    remove(node)
-
-
-def insert_before(
-    anchor: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, Any] | None = None,
-    *,
-    name: str,
-    num_outputs: int = 1,
-) -> ir.Node:
-    """A new standard node right before ``anchor``, in its graph; outputs are named after ``name``."""
-    assert anchor.graph is not None
-    node = ir.node(op_type, inputs, attributes, num_outputs=num_outputs, name=name)
-    for index, output in enumerate(node.outputs):
-        output.name = name if index == 0 else f"{name}_{index}"
-    anchor.graph.insert_before(anchor, node)
-    return node
+    retire(node)
 
 
 def graphs(model: ir.Model) -> list[ir.Graph]:
     """The main graph and all subgraphs, outer ones first; function bodies are definitions and stay."""
-    return list(model.graphs())
+    found = [model.graph]
+    for graph in found:  # grows while it is walked
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    found.append(attribute.as_graph())
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    found.extend(attribute.as_graphs())
+    return found
 
 
 def merge(*counts: Mapping[str, int]) -> dict[str, int]:
@@ -283,8 +285,3 @@ def merge(*counts: Mapping[str, int]) -> dict[str, int]:
         for key, n in count.items():
             total[key] = total.get(key, 0) + n
     return total
-
-
-def metadata_of(nodes: Iterable[ir.Node]) -> dict[str, str]:
-    """The metadata of the first of ``nodes`` that has any: a fused node stays traceable to its module."""
-    return next((dict(node.metadata_props) for node in nodes if node.metadata_props), {})

@@ -32,6 +32,7 @@ from .graph_edits import (
     replace_node,
     scalar,
     shape_constant,
+    sweep,
 )
 
 WIDER: dict[ir.DataType, frozenset[ir.DataType]] = {
@@ -48,7 +49,7 @@ def remove_no_ops(model: ir.Model) -> dict[str, int]:
     """Remove what does nothing, in one sweep from inputs to outputs of every graph."""
     statistics = {"no-ops-removed": 0}
     for graph in graphs(model):
-        for node in graph:
+        for node in sweep(graph):
             rule = RULES.get(node.op_type)
             if rule is not None and is_op(node, node.op_type) and rule(node):
                 statistics["no-ops-removed"] += 1

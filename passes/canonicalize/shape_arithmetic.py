@@ -35,10 +35,11 @@ from .graph_edits import (
     is_op,
     producer,
     rank,
-    remove,
     replace_node,
+    retire,
     same_shape,
     shape_constant,
+    sweep,
 )
 
 SELECTIONS = "shapes-resolved"
@@ -65,7 +66,7 @@ def simplify_shapes(model: ir.Model) -> dict[str, int]:
     """Use what inference found in all graphs; shapes must have been inferred for rewriting."""
     statistics = {"shapes-made-constant": 0, "shape-no-ops-removed": 0, SELECTIONS: 0}
     for graph in graphs(model):
-        for node in graph:
+        for node in sweep(graph):
             rule = RULES.get(node.op_type)
             if rule is not None and is_op(node, node.op_type):
                 name, apply = rule
@@ -97,7 +98,7 @@ def _make_constant(node: ir.Node) -> bool:
         return False
     array = np.array(entries if rank_known else entries[0], dtype=np.int64)
     output.replace_all_uses_with(add_initializer(node.graph, ir.tensor(array), str(output.name)))
-    remove(node)
+    retire(node)
     return True
 
 

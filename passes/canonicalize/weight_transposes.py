@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .graph_edits import add_initializer, constant_tensor, graphs, is_op, remove, transposed
+from .graph_edits import add_initializer, constant_tensor, graphs, is_op, retire, sweep, transposed
 from .module_paths import module_path
 
 TIED_TO = "planish.tied_to"
@@ -25,7 +25,7 @@ def fold_weight_transposes(model: ir.Model, *, untie: bool) -> dict[str, int]:
     """Fold every Transpose of a constant that is nobody else's weight."""
     statistics = {"weight-transposes-folded": 0, "weights-untied": 0}
     for graph in graphs(model):
-        for node in graph:
+        for node in sweep(graph):
             if not is_op(node, "Transpose") or node.outputs[0].is_graph_output():
                 continue
             weight = node.inputs[0]
@@ -70,7 +70,7 @@ def _fold(graph: ir.Graph, weight: ir.Value, tensor: ir.TensorProtocol, permutat
     folded.metadata_props.update(metadata)
     for reader in readers:
         reader.outputs[0].replace_all_uses_with(folded)
-        remove(reader)
+        retire(reader)
 
 
 def _give_own_copy(node: ir.Node, tensor: ir.TensorProtocol, permutation: tuple[int, ...]) -> None:
@@ -80,7 +80,7 @@ def _give_own_copy(node: ir.Node, tensor: ir.TensorProtocol, permutation: tuple[
     name = f"{path}.weight" if path else str(node.outputs[0].name)
     own = add_initializer(node.graph, transposed(tensor, permutation, name), name)
     node.outputs[0].replace_all_uses_with(own)
-    remove(node)
+    retire(node)
 
 
 def _mark(node: ir.Node, weight: ir.Value) -> None:
