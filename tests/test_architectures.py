@@ -20,7 +20,7 @@ def test_architecture_agrees_with_torch_at_other_sizes(name: str, monkeypatch: p
     tracing = importlib.import_module("tracing")
     row = tracing.measure(importlib.import_module("architectures").by_name(name))
     assert not row.failure
-    assert row.errors["fuse"] <= tracing.TOLERANCE
+    assert max(row.errors["fuse"]) <= tracing.TOLERANCE
     kept, total = row.names_kept.split("/")
     assert kept == total
     assert "batch_size" in row.dims
