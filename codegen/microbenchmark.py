@@ -1,7 +1,7 @@
 """Timing candidates for one op on this machine, and how far each is from the op's body; cached on disk.
 
 Every candidate is a small model over the same inputs. They are timed in turn, round by round, so that a slow
-moment of the machine hits all of them alike; the first quartile counts, because whatever else the machine
+moment of the machine hits all of them alike; the quickest run counts, because whatever else the machine
 does only ever adds time. The error is measured in the same go against the body as the onnx reference
 evaluator computes it: a kernel that saturates on this CPU is seen.
 
@@ -36,7 +36,7 @@ from .machine import cache_directory, fingerprint
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-FORMAT = 2
+FORMAT = 1
 """Part of every key: raise it when the meaning of a measurement changes."""
 _REFUSALS = (
     state.Fail,
@@ -63,7 +63,7 @@ class Measurement:
     """What one candidate takes and how far it is off; both infinite where onnxruntime refuses it.
 
     Attributes:
-        seconds: of one run: the first quartile of many.
+        seconds: the quickest of many runs.
         error: ‖candidate − body‖ / ‖body‖ (Frobenius).
         refusal: what onnxruntime said.
     """
@@ -158,7 +158,7 @@ def _seconds(sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Feeds)
             start = time.perf_counter()
             session.run(None, feeds)
             times[name].append(time.perf_counter() - start)
-    return {name: float(np.quantile(samples, 0.25)) for name, samples in times.items()}
+    return {name: min(samples) for name, samples in times.items()}
 
 
 def _path(key: Mapping[str, object]) -> Path:

@@ -63,6 +63,47 @@ def _emit_token_unsigned(build: GraphBuilder, op: LinearOp) -> ir.Value:
     return _token_product(build, op, *_unsigned(build, op))
 
 
+def _emit_token_by_rows(build: GraphBuilder, op: LinearOp) -> ir.Value:
+    return _product_of_rows(build, op, op.weight, op.zero_point)
+
+
+def _emit_token_by_rows_unsigned(build: GraphBuilder, op: LinearOp) -> ir.Value:
+    return _product_of_rows(build, op, *_unsigned(build, op))
+
+
+def _product_of_rows(
+    build: GraphBuilder, op: LinearOp, weight: ir.Value, zero_point: ir.Value | None
+) -> ir.Value:
+    """The same with tokens as the rows of a matrix, which one QuantizeLinear turns into integers."""
+    tokens = build.constant(np.array([-1, op.spec.in_features], np.int64), "tokens")
+    last_axis = build.constant(np.array([-1], np.int64), "last_axis")
+    rows = build.op("Reshape", op.x, tokens)
+    highest = build.op("ReduceMax", rows, last_axis, keepdims=0)
+    lowest = build.op("ReduceMin", rows, last_axis, keepdims=0)
+    largest = build.op("Max", highest, build.op("Neg", lowest))
+    scaled = build.op("Div", largest, build.constant(np.array(127, np.float32), "levels"))
+    tiny = build.constant(np.array(np.finfo(np.float32).tiny), "tiny")
+    x_scale = build.op("Max", scaled, tiny)
+    middle = build.constant(np.array([128], np.uint8), "middle")
+    zero_points = build.op("Expand", middle, build.op("Shape", x_scale))
+    product = build.op(
+        "MatMulIntegerToFloat",
+        build.op("QuantizeLinear", rows, x_scale, zero_points, axis=0),
+        weight,
+        build.constant(np.array(1, np.float32), "one"),
+        op.scale,
+        build.constant(np.array(128, np.uint8), "x_zero_point"),
+        zero_point,
+        domain=CONTRIB,
+    )
+    result = build.op("Mul", product, build.op("Unsqueeze", x_scale, last_axis))
+    if op.bias is not None:
+        result = build.op("Add", result, op.bias)
+    leading = build.op("Shape", op.x, start=0, end=-1)
+    columns = build.constant(np.array([op.spec.out_features], np.int64), "columns")
+    return build.op("Reshape", result, build.op("Concat", leading, columns, axis=0))
+
+
 def _token_product(
     build: GraphBuilder, op: LinearOp, weight: ir.Value, zero_point: ir.Value | None
 ) -> ir.Value:
@@ -195,6 +236,12 @@ LINEAR_KERNELS: tuple[Kernel[LinearOp], ...] = (
     Kernel("MatMulIntegerToFloat by token", _is("token"), _emit_token),
     Kernel(
         "MatMulIntegerToFloat by token of unsigned weights", _is("token", signed=True), _emit_token_unsigned
+    ),
+    Kernel("QuantizeLinear by token + MatMulIntegerToFloat", _is("token"), _emit_token_by_rows),
+    Kernel(
+        "QuantizeLinear by token + MatMulIntegerToFloat of unsigned weights",
+        _is("token", signed=True),
+        _emit_token_by_rows_unsigned,
     ),
     Kernel("MatMulNBits accuracy 4", _takes_nbits, _emit_nbits(4)),
     Kernel("MatMulNBits accuracy 0", _takes_nbits, _emit_nbits(0)),

@@ -15,12 +15,12 @@ from ...ir import clone, ops
 from ...ir.errors import TargetError
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
+from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
 from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
 from .graph_builder import CONTRIB, GraphBuilder
 from .kernel import Choice, Chooser, OpT
 from .linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
 from .linear_op import LinearOp, LinearSpec, linear_op, made_up_op
-from .residual import RESIDUAL_KERNELS, SKIP, SUM, ResidualOp, made_up_residual, residual_features
 
 _EXACT = 1e-3
 """Integer kernels that saturate err by per cents on evenly spread data; rounding stays far below this."""
@@ -96,7 +96,7 @@ class _Binder:
         self._layer_names: set[str] = set()
         self._linear_choices: dict[LinearSpec, Choice[LinearOp]] = {}
         self._gather_choices: dict[GatherSpec, Choice[GatherOp]] = {}
-        self._residual_choices: dict[int, Choice[ResidualOp]] = {}
+        self._add_choices: dict[AddSpec, Choice[AddOp]] = {}
 
     def bind(self, node: ir.Node) -> None:
         """Bind ``node`` if it is an op with a choice."""
@@ -104,8 +104,8 @@ class _Binder:
             self._bind_linear(node)
         elif node.domain == ops.DOMAIN and node.op_type == "QuantizedGather":
             self._bind_gather(node)
-        elif (features := residual_features(node)) is not None:
-            self._bind_residual(node, features)
+        elif (spec := add_spec(node)) is not None:
+            self._bind_add(node, spec)
 
     def _bind_linear(self, node: ir.Node) -> None:
         op = linear_op(node)
@@ -125,12 +125,11 @@ class _Binder:
             self._gather_choices[op.spec] = choice
         self._replace(node, op, choice)
 
-    def _bind_residual(self, node: ir.Node, features: int) -> None:
-        choice = self._residual_choices.get(features)
+    def _bind_add(self, node: ir.Node, spec: AddSpec) -> None:
+        choice = self._add_choices.get(spec)
         if choice is None:
-            made_up = made_up_residual(features)
-            choice = self.chooser.choose(made_up, RESIDUAL_KERNELS, RESIDUAL_KERNELS[0], SKIP)
-            self._residual_choices[features] = choice
+            choice = self.chooser.choose(made_up_add(spec), ADD_KERNELS, ADD_KERNELS[0], fused_kernel(spec))
+            self._add_choices[spec] = choice
         self._record(node, choice)
         if choice.kernel.name == SUM:
             ops.replace(node, ir.node("Sum", node.inputs, name=node.name))

@@ -42,7 +42,8 @@ class Quantize(Pass):
         ignore: names or ``re:`` patterns of the layers to leave alone.
         embeddings: quantise embedding tables too, int8 with one scale per row.
         algorithm: how the integers are chosen: ``rtn``.
-        clip: search for the scale with the least squared error instead of covering the largest weight.
+        clip: search for the scale with the least squared error instead of covering the largest weight; by
+            default below 5 bits.
         activations: W8A8: one grid for the whole ``tensor``, or one per ``token``.
         reduce_range: W8A8: keep weights where int8 kernels that add products in 16 bits are exact;
             ``auto`` asks the target whether its kernel does that.
@@ -60,7 +61,7 @@ class Quantize(Pass):
     ignore: tuple[str, ...] = ("lm_head",)
     embeddings: bool = True
     algorithm: str = "rtn"
-    clip: bool = False
+    clip: bool | None = None
     activations: Literal["tensor", "token"] = "tensor"
     reduce_range: bool | Literal["auto"] = "auto"
 
@@ -106,7 +107,11 @@ class Quantize(Pass):
             if reason is not None:
                 skipped.append(Skipped(linear.name, reason))
                 continue
-            grid = scheme.grid(float_dtype(linear.weight), clip=self.clip, limit_pairs=limit_pairs)
+            grid = scheme.grid(
+                float_dtype(linear.weight),
+                clip=scheme.bits < 5 if self.clip is None else self.clip,
+                limit_pairs=limit_pairs,
+            )
             errors[linear.name] = quantize_linear(
                 model, linear, algorithm, grid, self.activations if scheme.dynamic else None
             )

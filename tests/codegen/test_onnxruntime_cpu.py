@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -16,11 +17,11 @@ from planish.codegen import get_target, microbenchmark
 from planish.codegen.machine import cache_directory
 from planish.codegen.microbenchmark import Measurement, Microbenchmark
 from planish.codegen.onnxruntime_cpu import kernel as kernel_module
+from planish.codegen.onnxruntime_cpu.fused_add import ADD_KERNELS, AddSpec, add_spec, made_up_add
 from planish.codegen.onnxruntime_cpu.gather import GATHER_KERNELS, GatherSpec, made_up_gather
 from planish.codegen.onnxruntime_cpu.kernel import Chooser
 from planish.codegen.onnxruntime_cpu.linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
 from planish.codegen.onnxruntime_cpu.linear_op import LinearSpec, made_up_op
-from planish.codegen.onnxruntime_cpu.residual import RESIDUAL_KERNELS, made_up_residual
 from planish.ir import ops
 from planish.ir.errors import TargetError
 from planish.passes.infrastructure.base import PassContext
@@ -123,9 +124,10 @@ def test_unsigned_weights_are_exact_where_signed_ones_may_saturate(activations):
     assert np.abs(op.integers()).max() > 100
     feeds = op.feeds(5)
     unsigned = [kernel for kernel in LINEAR_KERNELS if "unsigned" in kernel.name and kernel.applies(op)]
-    assert len(unsigned) == 1
-    error = relative(run(kernel_module._candidate(op, unsigned[0]), feeds), linear_reference(op, feeds["x"]))
-    assert error < FLOAT32_ROUNDING
+    assert unsigned
+    for kernel in unsigned:
+        actual = run(kernel_module._candidate(op, kernel), feeds)
+        assert relative(actual, linear_reference(op, feeds["x"])) < FLOAT32_ROUNDING
 
 
 GATHER_SPECS = [
@@ -159,15 +161,48 @@ def test_gather_kernels_compute_the_op(spec, kernel):
     assert relative(actual, expected[feeds["ids"]]) < 1e-7  # one float32 product each
 
 
-@pytest.mark.parametrize("kernel", RESIDUAL_KERNELS, ids=lambda kernel: kernel.name)
-def test_residual_kernels_compute_the_op(kernel):
-    op = made_up_residual(24)
+@pytest.mark.parametrize(
+    ("reader", "kernel"),
+    [
+        pytest.param(reader, kernel, id=f"{kernel.name}-{reader}")
+        for reader in ("LayerNormalization", "Gelu")
+        for kernel in ADD_KERNELS
+        if kernel.applies(made_up_add(AddSpec(reader, 24)))
+    ],
+)
+def test_additions_with_their_reader_compute_the_op(reader, kernel):
+    op = made_up_add(AddSpec(reader, 24))
     feeds = op.feeds(5)
-    total = feeds["left"].astype(np.float64) + feeds["right"]
-    centred = total - total.mean(-1, keepdims=True)
-    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-    expected = normal * op.scale.const_value.numpy() + op.bias.const_value.numpy()
+    if reader == "LayerNormalization":
+        total = feeds["x"].astype(np.float64) + feeds["addend"]
+        centred = total - total.mean(-1, keepdims=True)
+        normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        expected = normal * op.scale.const_value.numpy() + op.shift.const_value.numpy()
+    else:
+        total = feeds["x"].astype(np.float64) + op.addend.const_value.numpy()
+        expected = total / 2 * (1 + np.vectorize(math.erf)(total / math.sqrt(2)))
     assert relative(run(kernel_module._candidate(op, kernel), feeds), expected) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("y = Add (a, b) z = LayerNormalization (y, w)", AddSpec("LayerNormalization", 8)),
+        ("y = Add (a, w) z = Gelu (y)", AddSpec("Gelu", 8)),
+        ("y = Add (a, w) z = LayerNormalization (y, w)", None),
+        ("y = Add (a, b) z = Gelu (y)", None),
+        ("y = Add (a, b) z = Relu (y)", None),
+        ("y = Mul (a, b) z = LayerNormalization (y, w)", None),
+    ],
+)
+def test_additions_that_onnxruntime_would_fuse(text, found):
+    operands = "float[m, s, 8] a, float[m, s, 8] b"
+    proto = onnx.parser.parse_model(
+        '<ir_version: 11, opset_import: ["" : 23]>'
+        f"g ({operands}) => (float[m, s, 8] z) <float[m, s, 8] y> {{ {text} }}"
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, np.float32), "w"))
+    assert add_spec(ir.from_proto(proto).graph.node(0)) == found
 
 
 @settings(max_examples=15, deadline=None)
