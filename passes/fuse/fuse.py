@@ -13,6 +13,7 @@ from ..infrastructure.base import Fact, Pass, PassContext, PassResult
 from ..infrastructure.rewriter import Rule, apply_rules
 from .attention_layout import FlattenAttentionHeads
 from .attention_mask import MASK_RULES
+from .borrowed import borrowed_rules
 from .convolution import FoldBatchNormalization, FoldConvolutionScale
 from .gelu import FuseGelu
 from .linear_scale import FoldLinearScale
@@ -58,6 +59,7 @@ class Fuse(Pass):
             FoldLinearScale(),
             *MASK_RULES,
             *SPLIT_RULES,
+            *borrowed_rules(),
         ]
         merges: list[Rule] = []
         if self.merge_linears:
