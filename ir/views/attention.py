@@ -11,7 +11,8 @@ from .values import input_at, integer, only_reader, static_dim
 
 _PASSED_THROUGH = frozenset(
     {"Reshape", "Transpose", "RotaryEmbedding", "RMSNormalization", "LayerNormalization"}
-    | {"Identity", "Cast", "Split", "Squeeze", "Unsqueeze", "Mul", "Slice"}
+    | {"Identity", "Cast", "Squeeze", "Unsqueeze", "Mul"}
+    | {"Split", "Slice", "SplitToSequence", "SequenceAt"}
 )
 """Ops between a projection and the attention: laying out heads, rotating, normalising, scaling, unmerging."""
 _LONGEST_PATH = 12

@@ -9,6 +9,9 @@ import onnx_ir as ir
 from .linears import Linear, linears
 from .values import is_constant, static_dim
 
+_MIXING = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+"""Ops that combine channels or tokens: a branch without any is a part of an activation or a norm."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -36,9 +39,9 @@ class Block:
 def blocks(model: ir.Model) -> list[Block]:
     """The blocks of the model's graph, in its order.
 
-    An Add is residual if one operand is computed from the other, and both have the same known width: the last
-    dimension of token features, the channels of images. Blocks do not overlap, except where one encloses
-    another.
+    An Add is residual if one operand is computed from the other by ops that mix channels or tokens, and both
+    have the same known width: the last dimension of token features, the channels of images. x + x³ in a
+    spelled-out activation is none. Blocks do not overlap, except where one encloses another.
     """
     position = {node: index for index, node in enumerate(model.graph)}
     by_node = {linear.node: linear for linear in linears(model)}
@@ -57,7 +60,7 @@ def _as_block(node: ir.Node, position: dict[ir.Node, int], by_node: dict[ir.Node
     if len(stream.uses()) < 2 or is_constant(stream):
         return None
     nodes = _nodes_between(stream, branch, position)
-    if not nodes:
+    if not any(inner in by_node or inner.op_type in _MIXING for inner in nodes):
         return None
     return Block(
         input=stream,

@@ -125,6 +125,18 @@ def test_attention_without_a_cache_on_three_dimensions() -> None:
     assert attention.is_causal
 
 
+def test_attention_on_parts_of_a_sequence() -> None:
+    text = """g (float[b, 1, s, 8] x) => (float[b, 1, s, 8] y)
+    <float[8, 24] qkv, int64 part = {8}, int64 i = {0}, int64 j = {1}, int64 k = {2}>
+    { m = MatMul(x, qkv)  parts = SplitToSequence <axis = -1> (m, part)
+      q = SequenceAt(parts, i)  r = SequenceAt(parts, j)  s = SequenceAt(parts, k)
+      y = Attention(q, r, s) }"""
+    (attention,) = attentions(graph(text))
+    assert attention.v is not None
+    assert attention.v.name == "layer.qkv"
+    assert attention.q == attention.k == attention.v
+
+
 def test_attention_on_values_from_elsewhere() -> None:
     text = """g (float[b, 2, s, 4] q, float[b, 2, t, 4] k, float[b, 2, t, 4] v) => (float[b, 2, s, 4] y)
     { n = Neg(q)  a = Attention(n, k, v)  y = Neg(a) }"""
@@ -150,6 +162,7 @@ def test_blocks_of_a_layer() -> None:
         "u = Neg(x)  v = Abs(x)  y = Add(u, v)",  # two branches, no stream between them
         "c = Neg(w)  y = Add(x, c)",  # a bias
         "y = Add(x, x)",
+        "c = Mul(x, x)  y = Add(x, c)",  # the beginning of a GELU
         "m = ReduceMean <keepdims = 1>(x, axis)  y = Add(x, m)",  # another width
     ],
 )
