@@ -147,3 +147,32 @@ def test_the_face_lists_what_it_has():
     assert all(hasattr(planish, name) for name in planish.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = planish.nothing
+
+
+class Heads(torch.nn.Module):
+    """Self-attention with two heads of 8, as torch spells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        mask = keep[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_attention_in_a_file_of_torchs_own_exporter_is_one_node(tmp_path):
+    module, x = Heads().eval(), torch.randn(2, 5, 16)
+    keep = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(
+        module, (x, keep), dynamic_shapes=(dynamic, dynamic), dynamo=True, verbose=False
+    )
+    program.save(str(tmp_path / "attention.onnx"))
+    assert "Softmax" in {node.op_type for node in onnx.load(tmp_path / "attention.onnx").graph.node}
+    compiled = planish.compile(tmp_path / "attention.onnx", target="portable")
+    assert [node.op_type for node in compiled.model.graph].count("Attention") == 1
+    (found,) = compiled(x[:1, :4], keep[:1, :4]).values()
+    torch.testing.assert_close(found, module(x[:1, :4], keep[:1, :4]), rtol=1e-5, atol=1e-5)

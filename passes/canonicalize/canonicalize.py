@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ...ir.shapes import forget_shape_contents, infer_shapes
 from ..infrastructure.base import Fact, Pass, PassContext, PassResult
 from ..infrastructure.rewriter import apply_rules
-from . import attention, attention_inputs, linears, normalizations, rotary
+from . import attention, attention_inputs, batched_transpose, linears, normalizations, rotary
 from .constant_folding import fold_constants
 from .dead_code import merge_common_subexpressions, remove_dead_code
 from .functions import inline_functions
@@ -93,5 +93,5 @@ def _settle_shapes(model: ir.Model, *, fold: Step) -> dict[str, int]:
 
 def _raise_ops(model: ir.Model) -> dict[str, int]:
     """Linears, norms, rotary embeddings and attention, each as the one op of this opset that says it."""
-    families = (linears, normalizations, rotary, attention, attention_inputs)
+    families = (linears, normalizations, rotary, batched_transpose, attention, attention_inputs)
     return apply_rules(model, [rule for family in families for rule in family.rules(opset(model))])
