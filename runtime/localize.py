@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from .reference import ancestors, run_model
 
 Array = np.ndarray[Any, Any]
 
-# Tensors fetched in one run: bounds memory (each is an output that stays) against the cost of a session.
-_CHUNK = 64
+# Every tensor that is fetched stays in memory until the run ends; every further run costs a session.
+_CHUNK_BYTES = 1 << 30
+_UNKNOWN_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ def first_difference(
         for value in node.outputs
         if value.name in producers and (value.uses() or value.is_graph_output())
     ]
-    for chunk in _chunks(candidates):
+    for chunk in _chunks(candidates, after.graph.inputs, feeds):
         names = [value.name or "" for value in chunk]
         reference, found = run_model(before, feeds, names), run_model(after, feeds, names)
         for value, name in zip(chunk, names, strict=True):
@@ -156,9 +158,38 @@ def _nearest_layer(nodes: Sequence[ir.Node]) -> str:
     return ""
 
 
-def _chunks(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]
+def _chunks(
+    values: list[ir.Value], inputs: Sequence[ir.Value], feeds: Mapping[str, Array]
+) -> Iterator[list[ir.Value]]:
+    """Runs of values whose tensors together stay below the budget, by what is known of their shapes."""
+    lengths = {
+        dim.value: length
+        for value in inputs
+        if value.name and value.name in feeds and value.shape is not None
+        for dim, length in zip(value.shape, np.shape(feeds[value.name]), strict=False)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    }
+    chunk: list[ir.Value] = []
+    total = 0
+    for value in values:
+        size = _estimated_bytes(value, lengths)
+        if chunk and total + size > _CHUNK_BYTES:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(value)
+        total += size
+    if chunk:
+        yield chunk
+
+
+def _estimated_bytes(value: ir.Value, lengths: Mapping[str, int]) -> int:
+    """Size of a tensor; dimensions that are not known count as the longest known one."""
+    if value.shape is None:
+        return _UNKNOWN_BYTES
+    longest = max(lengths.values(), default=1)
+    sizes = (dim if isinstance(dim, int) else lengths.get(dim.value or "", longest) for dim in value.shape)
+    itemsize = value.dtype.itemsize if value.dtype is not None else 4
+    return int(math.prod(sizes) * itemsize)
 
 
 def _describe(

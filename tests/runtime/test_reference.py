@@ -8,6 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from planish.ir.errors import InputError, ModelError, TargetError
+from planish.runtime import localize
 from planish.runtime.example_inputs import example_inputs
 from planish.runtime.localize import first_difference, relative_error
 from planish.runtime.model_file import ModelFile, read_inputs
@@ -107,6 +108,25 @@ def test_a_tensor_that_vanished_names_the_layer_that_is_gone():
     found = first_difference(parse(with_bias), parse(without), X, tolerance=1e-6)
     assert (found.tensor, found.layer, found.vanished) == ("y", "l0", ("b",))
     assert "'b' before it is gone" in str(found)
+
+
+def test_tensors_are_compared_in_runs_that_fit_into_memory(monkeypatch):
+    before, after = parse(TWO_LAYERS), parse(TWO_LAYERS)
+    weight = after.graph.initializers["l1.weight"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(2), name=weight.name)
+    fetched: list[list[str]] = []
+
+    def spy(model, feeds, names):
+        fetched.append(names)
+        return run_model(model, feeds, names)
+
+    monkeypatch.setattr(localize, "run_model", spy)
+    for value in (node.outputs[0] for node in after.graph):
+        value.shape, value.type = ir.Shape(["batch", 2]), ir.TensorType(ir.DataType.FLOAT)
+    # Each tensor is 2 × 2 floats, 16 bytes: two fit.
+    monkeypatch.setattr(localize, "_CHUNK_BYTES", 32)
+    assert first_difference(before, after, X, tolerance=1e-6).tensor == "y"
+    assert fetched == [["h", "a"], ["h", "a"], ["y"], ["y"]]
 
 
 def test_differences_that_no_wanted_output_depends_on_do_not_count():
