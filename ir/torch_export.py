@@ -442,11 +442,10 @@ def _describe_operation(node: torch.fx.Node) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
+    """Give an exception and its stated causes; what was merely being handled then says nothing about it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
     return chain
 
 

@@ -255,6 +255,14 @@ class WrongShape(torch.nn.Module):
         return self.down(hidden)
 
 
+class Refuses(torch.nn.Module):
+    def forward(self, x):
+        try:
+            return {}["key"]
+        except KeyError:
+            raise ValueError("the widths do not fit")  # noqa: B904 - what user code does
+
+
 class Wrapped(torch.nn.Module):
     def __init__(self, block: torch.nn.Module) -> None:
         super().__init__()
@@ -272,6 +280,7 @@ class Wrapped(torch.nn.Module):
         (Decides, "blocks.1 (Decides)", 2, "decides by a tensor's value"),
         (NoOnnxForm, "in blocks.1", 2, "eigh"),
         (WrongShape, "blocks.1.down (Linear)", 2, "reduction dim"),
+        (Refuses, "blocks.1 (Refuses)", 4, "ValueError: the widths do not fit"),
     ],
 )
 def test_a_failure_names_the_submodule_and_the_line(block, place, line, reason, capfd) -> None:
