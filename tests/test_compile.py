@@ -176,3 +176,21 @@ def test_attention_in_a_file_of_torchs_own_exporter_is_one_node(tmp_path):
     assert [node.op_type for node in compiled.model.graph].count("Attention") == 1
     (found,) = compiled(x[:1, :4], keep[:1, :4]).values()
     torch.testing.assert_close(found, module(x[:1, :4], keep[:1, :4]), rtol=1e-5, atol=1e-5)
+
+
+TEXT = '<ir_version: 11, opset_import: ["" : 23, "my" : 1]> g (float[n, 4] x) => (float[n, 4] y) {{ {body} }}'
+
+
+@pytest.mark.parametrize(
+    ("body", "feeds", "error", "message"),
+    [
+        ("y = my.Magic(x)", {"x": np.zeros((2, 4), np.float32)}, planish.TargetError, "Magic"),
+        ("y = Relu(x)", {"x": np.zeros((2, 5), np.float32)}, planish.InputError, "expected 4 on axis 1"),
+        ("y = Relu(x)", {"z": np.zeros((2, 4), np.float32)}, planish.InputError, "missing"),
+    ],
+)
+def test_models_and_inputs_that_cannot_run_are_one_clear_error(body, feeds, error, message):
+    model = onnx.parser.parse_model(TEXT.format(body=body))
+    with pytest.raises(error, match=message) as caught:
+        planish.compile(model, "canonicalize", example_inputs=feeds, check="contract", target="portable")
+    assert "\n" not in str(caught.value)
