@@ -49,11 +49,13 @@ class Row:
 def compiled_rows(module: job.SentenceEmbedder, exported: Path, folder: Path) -> list[Row]:
     """Compile every pipeline from the module, and the float and W8A8 ones from the ONNX file too."""
     rows = []
+    # The kernels are chosen for the numbers of tokens that will be run.
+    target = planish.get_target("onnxruntime-cpu", rows=tuple(batch * sequence for batch, sequence in SHAPES))
     for name, passes in PIPELINES.items():
-        compiled = planish.compile(module, passes, example_inputs=job.example())
+        compiled = planish.compile(module, passes, example_inputs=job.example(), target=target)
         rows.append(_saved(f"planish {name}", compiled, folder / f"module-{name.lower()}.onnx"))
         if name in ("float", "W8A8"):
-            from_file = planish.compile(exported, passes)
+            from_file = planish.compile(exported, passes, target=target)
             rows.append(
                 _saved(f"planish {name}, from ONNX file", from_file, folder / f"onnx-{name.lower()}.onnx")
             )
