@@ -45,22 +45,7 @@ def load(
         ModelError: the file cannot be read or is damaged, its weights are missing or not numbers, its graph
             is malformed, or its opset is older than 13.
     """
-    if isinstance(source, ir.Model):
-        model, name, folder = clone(source), _describe(source.graph.name), Path()
-    elif isinstance(source, onnx.ModelProto):
-        model, name, folder = (
-            _from_proto(source, _describe(source.graph.name)),
-            _describe(source.graph.name),
-            Path(),
-        )
-    elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        model, name, folder = _from_proto(_read(path), str(path)), str(path), path.parent
-    else:
-        raise ModelError(
-            f"cannot load a {type(source).__name__}",
-            hint="pass a path, an onnx.ModelProto or an onnx_ir.Model; a torch module goes to planish.trace",
-        )
+    model, name, folder = _open(source)
     map_external_tensors(model, folder=folder, source=name)
     _check_parts(model, name)
     detach_from_protobuf(model, source=name)
@@ -73,6 +58,28 @@ def load(
     if check_weights:
         check_finite(model, source=name)
     return model
+
+
+def _open(
+    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+) -> tuple[ir.Model, str, Path | None]:
+    """The model, what to call it in errors, and where its data is unless its tensors know that themselves."""
+    if isinstance(source, ir.Model):
+        name = _describe(source.graph.name)
+        try:
+            return clone(source), name, None
+        except VerificationError as error:
+            raise _malformed(name, error) from None
+    if isinstance(source, onnx.ModelProto):
+        name = _describe(source.graph.name)
+        return _from_proto(source, name), name, None
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        return _from_proto(_read(path), str(path)), str(path), path.parent
+    raise ModelError(
+        f"cannot load a {type(source).__name__}",
+        hint="pass a path, an onnx.ModelProto or an onnx_ir.Model; a torch module goes to planish.trace",
+    )
 
 
 def _describe(graph_name: str | None) -> str:
@@ -187,10 +194,14 @@ def _check_structure(model: ir.Model, name: str) -> None:
     try:
         _verify_sorted(model)
     except VerificationError as error:
-        broken = ModelError(f"{name}: {error.message}", hint="check it with onnx.checker.check_model")
-        for note in getattr(error, "__notes__", ()):
-            broken.add_note(note)
-        raise broken from None
+        raise _malformed(name, error) from None
+
+
+def _malformed(name: str, error: VerificationError) -> ModelError:
+    result = ModelError(f"{name}: {error.message}", hint="check it with onnx.checker.check_model")
+    for note in getattr(error, "__notes__", ()):
+        result.add_note(note)
+    return result
 
 
 def _verify_sorted(model: ir.Model) -> None:

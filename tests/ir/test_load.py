@@ -375,3 +375,29 @@ def test_text_weights_of_another_length() -> None:
     model.graph.initializer[1].dims[0] = 2
     with pytest.raises(ModelError, match=r"weight 't' .* needs 2 strings, found 1"):
         load(model)
+
+
+def test_a_message_finds_its_data_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = onnx.load(write_external(tmp_path), load_external_data=False)
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(weight_of(load(message)), WEIGHT)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ModelError, match=r"stored in weights\.bin, which does not exist"):
+        load(message)
+
+
+def test_a_model_that_opens_its_files_lazily_is_mapped(tmp_path: Path) -> None:
+    source = ir.load(write_external(tmp_path))
+    np.testing.assert_array_equal(weight_of(load(source)), WEIGHT)
+    assert isinstance(source.graph.initializers["w"].const_value, ir.ExternalTensor)
+
+
+def test_an_unsorted_model_in_memory_is_refused_and_not_changed() -> None:
+    source = ir.from_proto(linear())
+    extra = ir.node("Relu", [source.graph[0].outputs[0]], name="early")
+    source.graph.insert_before(source.graph[0], extra)
+    with pytest.raises(ModelError, match="'early': input 'y' is used before"):
+        load(source)
+    assert source.graph[0] is extra
