@@ -21,7 +21,7 @@ CHECKED_ROWS = 4
 _TIE = 1.05
 """Times this close are not told apart: a kernel that is exact is then taken before one that is not."""
 _ROUNDING = 1e-4
-"""Relative error that float32 rounding and its order explain; a kernel within it is exact."""
+"""Relative error that float32 rounding explains; below it, and near the least error, a kernel is exact."""
 
 
 class Op(Protocol):
@@ -105,12 +105,13 @@ class Chooser:
             raise TargetError(
                 f"onnxruntime-cpu: no kernel runs {op.label()} {op.subject()} within an error of "
                 f"{self.max_error:g}; found {found or 'none that applies'}",
-                hint="raise max_error, or quantise to another scheme",
+                hint="raise max_error, or take another scheme or float type",
             )
         fastest = min(results[name].seconds for name in allowed)
+        exact = max(_ROUNDING, 2 * min(results[name].error for name in allowed))
         best = min(
             (name for name in allowed if results[name].seconds <= fastest * _TIE),
-            key=lambda name: (results[name].error > _ROUNDING, results[name].seconds),
+            key=lambda name: (results[name].error > exact, results[name].seconds),
         )
         where = f"at {', '.join(str(rows) for rows in self.rows)} rows"
         return Choice(applicable[best], _reason(best, baseline, where, results, allowed))

@@ -31,6 +31,8 @@ Floats = npt.NDArray[np.float32]
 PAIR_LIMIT = 128
 _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 _CLIP_FACTORS = np.linspace(0.95, 0.5, 10)
+_PAIR_STEPS = (0.25, 0.5, 0.75, 1.0)
+"""Of the way to the scale at which all pairs fit: more steps lower the error by less than 1 %."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _factors(blocks: Floats, covering: Floats, grid: Grid) -> list[Floats]:
     fitting = _pair_sums(blocks).max(axis=1, initial=0) / np.where(covering > 0, covering, 1) / PAIR_LIMIT
     if fitting.max(initial=0) > 1:
         growth = np.maximum(fitting, 1) - 1
-        factors += [1 + np.float32(step) * growth for step in np.linspace(0.125, 1, 8)]
+        factors += [1 + np.float32(step) * growth for step in _PAIR_STEPS]
     return factors
 
 

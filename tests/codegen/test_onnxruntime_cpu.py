@@ -30,6 +30,7 @@ from planish.passes.quantize.algorithms.rtn import round_to_nearest
 from planish.passes.quantize.grid import Grid
 
 FLOAT32_ROUNDING = 2e-6
+FLOAT16_ROUNDING = 2**-9  # the weights, the product and the sum with the bias are each rounded to 11 bits
 # Activations as int8: step / √12 relative to evenly spread values, in blocks (accuracy 4) or for the tensor.
 INT8_ACTIVATIONS = 1e-2
 
@@ -85,6 +86,7 @@ LINEAR_SPECS = [
     spec_of(bits=8, signed=False, zero_point=True, bias=False),
     spec_of(bits=4, block_size=32, rank=2, bias=False),
     spec_of(bits=4, block_size=16, in_features=48),
+    spec_of(bits=4, block_size=32, dtype="FLOAT16"),
     *(
         spec_of(activations, bias=bias, rank=rank)
         for activations in ("tensor", "token")
@@ -115,7 +117,8 @@ def test_linear_kernels_compute_the_op(spec, kernel):
         feeds = op.feeds(rows)
         expected = linear_reference(op, feeds["x"])
         error = relative(run(kernel_module._candidate(op, kernel), feeds), expected)
-        assert error < (INT8_ACTIVATIONS if quantises or leaves_out else FLOAT32_ROUNDING)
+        exact = FLOAT16_ROUNDING if spec.dtype == "FLOAT16" else FLOAT32_ROUNDING
+        assert error < (INT8_ACTIVATIONS if quantises or leaves_out else exact)
 
 
 @pytest.mark.parametrize("activations", ["tensor", "token"])
@@ -283,6 +286,19 @@ def test_a_kernel_with_too_large_an_error_is_not_used_and_said():
 def test_between_equals_the_exact_kernel_is_taken():
     rows = {1: NBITS[1] | {FLOAT_KERNEL: (1.04, 1e-7)}}
     assert choose(rows, (1,)).kernel.name == FLOAT_KERNEL
+
+
+def test_in_float16_the_kernel_with_the_least_error_counts_as_exact():
+    rounded = {name: (1.0, 5e-3 if name == "MatMulNBits accuracy 4" else 4e-4) for name in NBITS[1]}
+    choice = choose({1: rounded | {"MatMulNBits accuracy 4": (0.99, 5e-3)}}, (1,))
+    assert choice.kernel.name != "MatMulNBits accuracy 4"
+
+
+def test_bfloat16_has_no_kernel_and_says_so():
+    target = get_target("onnxruntime-cpu", rows=(1,))
+    op = made_up_op(spec_of(bits=4, block_size=32, dtype="BFLOAT16"))
+    with pytest.raises(TargetError, match="NOT_IMPLEMENTED"):
+        target._chooser().choose(op, LINEAR_KERNELS, LINEAR_BODY, FLOAT_KERNEL)
 
 
 def test_a_refused_kernel_is_told_with_what_onnxruntime_said():
