@@ -86,7 +86,8 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             "planish.recipe": pipeline.to_yaml(),
             "planish.seed": str(seed),
             "planish.source": source_hash,
-            "planish.report": json.dumps(report.as_dict()),
+            # Without times, so that the same compilation writes the same bytes.
+            "planish.report": json.dumps(report.as_dict(costs=False)),
         }
     )
     return CompiledModel(

@@ -28,8 +28,8 @@ class Report(Protocol):
     def __rich__(self) -> Any:
         """A rich renderable: one row per pass."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+    def as_dict(self, *, costs: bool = True) -> dict[str, Any]:
+        """JSON-serialisable form; ``costs=False`` leaves time and memory out."""
 
 
 class CompiledModel:

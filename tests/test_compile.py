@@ -101,6 +101,14 @@ def test_compile_changes_neither_path_nor_model_in_memory(compiled, tmp_path):
     assert proto.SerializeToString(deterministic=True) == before
 
 
+def test_the_same_compilation_writes_the_same_bytes(compiled, tmp_path):
+    source = compiled.save(tmp_path / "m.onnx")
+    for name in ("first", "second"):
+        again = planish.compile(source, "canonicalize,fuse,quantize{scheme=W4A16}", target="portable", seed=3)
+        again.save(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
 def test_contract_check_needs_inputs(compiled, tmp_path):
     path = compiled.save(tmp_path / "m.onnx")
     with pytest.raises(planish.InputError, match="example_inputs"):

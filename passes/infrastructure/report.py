@@ -51,12 +51,19 @@ class PassReport:
     weight_bytes_after: int
     errors: Mapping[str, Difference]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form; numbers that JSON lacks (infinities) become null."""
+    def as_dict(self, *, costs: bool = True) -> dict[str, Any]:
+        """JSON-serialisable form; numbers that JSON lacks (infinities) become null.
+
+        Args:
+            costs: with time and memory, which differ from run to run.
+        """
+        left_out = {"coverage", "remarks", "errors", "options", "statistics"}
+        if not costs:
+            left_out |= {"seconds", "peak_memory_growth"}
         data = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("coverage", "remarks", "errors", "options", "statistics")
+            if field.name not in left_out
         }
         data["options"] = {name: plain_value(value) for name, value in self.options.items()}
         data["statistics"] = {name: count for name, count in self.statistics.items() if count}
@@ -94,15 +101,19 @@ class PipelineReport:
         """Wall time of all passes together."""
         return sum(report.seconds for report in self.passes)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+    def as_dict(self, *, costs: bool = True) -> dict[str, Any]:
+        """JSON-serialisable form.
+
+        Args:
+            costs: with time and memory, which differ from run to run.
+        """
+        total = {"seconds": self.seconds, "peak_memory": self.peak_memory} if costs else {}
         return {
             "pipeline": self.pipeline,
             "target": self.target,
             "seed": self.seed,
-            "seconds": self.seconds,
-            "peak_memory": self.peak_memory,
-            "passes": [report.as_dict() for report in self.passes],
+            **total,
+            "passes": [report.as_dict(costs=costs) for report in self.passes],
         }
 
     def to_json(self) -> str:
