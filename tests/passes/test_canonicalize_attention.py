@@ -209,6 +209,18 @@ def test_unknown_or_different_batches_are_left_alone():
     np.testing.assert_array_equal(run_model(after, feeds)["y"], run_model(before, feeds)["y"])
 
 
+def test_a_mask_with_more_batches_than_the_scores_is_left_alone():
+    """Add repeats the scores for every batch of the mask; Attention has the batch of its queries."""
+    before = model_of(f"""g
+        (float[1,{HEADS},q,{SIZE}] q, float[1,{HEADS},k,{SIZE}] k, float[1,{HEADS},k,{SIZE}] v,
+         float[b,1,q,k] mask) => (y) {{ {T} m0 = MatMul(q, t) m = Add(m0, mask){END} }}""")
+    after = clone(before)
+    canonicalize(after)
+    assert "Attention" not in ops(after)
+    feeds = {"q": Q[:1], "k": K[:1], "v": V[:1], "mask": KEPT.astype(np.float32)}
+    np.testing.assert_array_equal(run_model(after, feeds)["y"], run_model(before, feeds)["y"])
+
+
 def test_opset_22_has_no_attention():
     model = decomposed(SCALED["on the scores"], opset=22)
     canonicalize(model)

@@ -70,6 +70,7 @@ def test_spellings_of_the_rms_norm_become_one_node(body):
     model = model_of(body)
     assert canonicalize(model)["rms-normalization"] == 1
     assert ops(model) == ["RMSNormalization"]
+    assert model.graph[0].attributes["stash_type"].as_int() == ir.DataType.DOUBLE
     expected = W * X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + EPSILON)
     found = run_model(model, {"x": X, "v": X[0]})["y"]
     # The node holds ε as a float32 attribute: relative error 2⁻²⁴ of ε, which is far below mean(x²).

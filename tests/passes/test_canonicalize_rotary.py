@@ -172,7 +172,7 @@ def test_opset_22_has_no_rotary_embedding():
 PARTIAL = """part = Slice(whole, zero, size, last) rest = Slice(whole, {start}, end, last) """
 
 
-@pytest.mark.parametrize(("start", "merged"), [("size", True), ("zero", False)])
+@pytest.mark.parametrize(("start", "merged"), [("size", True), ("one", False)])
 def test_partial_rotation_is_an_attribute(start, merged):
     body = PARTIAL.format(start=start) + CACHES + layer("part", "t") + "y = Concat<axis = -1>(t, rest)"
     before = model_of(

@@ -313,6 +313,13 @@ def test_one_module_called_several_times_keeps_one_weight():
     assert list(model.graph.initializers) == ["norm.weight"]
 
 
+def test_one_module_called_several_times_is_no_tie():
+    model = model_of(NORMS, shared=np.arange(8, dtype=np.float32))
+    in_module(model, h="norm", i="norm", y="norm")
+    canonicalize(model)
+    assert not model.graph.initializers["norm.weight"].metadata_props
+
+
 def test_weights_with_varied_contents_are_a_tie_and_say_so():
     model = model_of(NORMS, shared=np.arange(8, dtype=np.float32))
     in_module(model, h="norm1", i="norm2", y="norm2")
