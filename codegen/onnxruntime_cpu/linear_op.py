@@ -14,6 +14,7 @@ from ...ir.ops.definition import OpDefinition
 from ..microbenchmark import Feeds
 
 _FIXED_SEED = 0
+_WIDEST_TIMED = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class LinearSpec:
     dtype: str
     rank: int
     pairs_fit: bool
+
+    def timed(self) -> LinearSpec:
+        """The spec to measure: beyond some width a layer's time grows in proportion, kernel by kernel."""
+        return dataclasses.replace(self, out_features=min(self.out_features, _WIDEST_TIMED))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,10 +109,11 @@ class _Binder:
 
     def _bind_linear(self, node: ir.Node) -> None:
         op = linear_op(node)
-        choice = self._linear_choices.get(op.spec)
+        spec = op.spec.timed()
+        choice = self._linear_choices.get(spec)
         if choice is None:
-            choice = self.chooser.choose(made_up_op(op.spec), self.linear_kernels, LINEAR_BODY, FLOAT_KERNEL)
-            self._linear_choices[op.spec] = choice
+            choice = self.chooser.choose(made_up_op(spec), self.linear_kernels, LINEAR_BODY, FLOAT_KERNEL)
+            self._linear_choices[spec] = choice
         self._replace(node, op, choice)
 
     def _bind_gather(self, node: ir.Node) -> None:

@@ -236,6 +236,11 @@ def test_saturation_is_measured():
     assert get_target("onnxruntime-cpu").adds_products_in_16_bits() == (error > 1e-3)
 
 
+def test_very_wide_layers_are_timed_narrower():
+    assert spec_of(out_features=150_000).timed() == spec_of(out_features=16384)
+    assert spec_of().timed() == spec_of()
+
+
 class Scripted:
     """A microbenchmark whose answers are given: seconds and error by kernel, for each number of rows."""
 
