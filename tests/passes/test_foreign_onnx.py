@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EVERY = 11
+EVERY = 23
 """One test in so many, spread over all ops."""
 ALWAYS = ("affine_grid_2d_expanded", "split_variable", "squeeze_negative", "layer_normalization_2d", "gelu")
 """Tests that have found defects, and ops that the passes rewrite."""
@@ -37,9 +37,9 @@ def test_node_tests_still_pass(foreign_onnx: ModuleType, tmp_path: Path) -> None
     outcomes = [foreign_onnx.check(case, foreign_onnx.STAGES, tmp_path) for case in chosen]
     failures = [o for o in outcomes if o.kind not in foreign_onnx.NOT_FAILURES]
     assert not failures, foreign_onnx.report(failures, 0)
-    assert sum(o.kind == "passed" for o in outcomes) > 200
+    assert sum(o.kind == "passed" for o in outcomes) > 120
     # Conversion has to have happened: a model that is kept at its opset passes trivially.
-    assert sum(o.kind == "passed" and o.converted for o in outcomes) > 200
+    assert sum(o.kind == "passed" and o.converted for o in outcomes) > 120
 
 
 def test_a_wrong_answer_is_seen(foreign_onnx: ModuleType, tmp_path: Path) -> None:
