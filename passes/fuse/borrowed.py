@@ -11,9 +11,13 @@ canonicalize raises those to the ops of opset 23.
 
 from __future__ import annotations
 
+import onnx_ir as ir
 from onnxscript.rewriter.rules import common
 
 from ..infrastructure.rewriter import PatternRule, Rule
+
+HARD_SWISH_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+"""What onnxruntime's kernels take; the arithmetic that spells it out runs in float64 too."""
 
 
 def borrowed_rules() -> list[Rule]:
@@ -25,5 +29,8 @@ def borrowed_rules() -> list[Rule]:
         PatternRule(common.successive_clip_relu_rule, "successive-clip-relu"),
         PatternRule(common.successive_clip_rule, "successive-clip"),
     ]
-    rules += [PatternRule(rule, "hard-swish") for rule in common.fuse_hardswish_rules().rules]
+    rules += [
+        PatternRule(rule, "hard-swish", types=HARD_SWISH_TYPES)
+        for rule in common.fuse_hardswish_rules().rules
+    ]
     return rules

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -517,12 +517,15 @@ class PatternRule(Rule):
     Only patterns with one root node are taken: others make onnxscript search the whole graph at every node.
     Guards against what onnxscript's own driver lets through: initializers of equal names from two rewrites,
     ops that the opset does not have, matches that reach into an outer graph, and clashing value names.
+    With ``types`` it matches only where the first result has one of them: the types that the new op runs in.
 
     Raises:
         PassError: the pattern has more than one root, or replaces values inside the pattern.
     """
 
-    def __init__(self, rule: RewriteRule, name: str | None = None) -> None:
+    def __init__(
+        self, rule: RewriteRule, name: str | None = None, *, types: Collection[ir.DataType] | None = None
+    ) -> None:
         # The pattern is private in onnxscript; this is the one place that looks at it.
         pattern = rule._target_pattern
         self.name = name or rule.name or "anonymous"
@@ -540,11 +543,12 @@ class PatternRule(Rule):
             domain, op_type, _ = identifier
             self.roots = (f"{domain}::{op_type}" if domain else op_type,)
         self._rule = rule
+        self._types = types
 
     def apply(self, node: ir.Node) -> bool:
         """Match at ``node`` and put the replacement in."""
         run, graph = _current_run(), node.graph
-        if graph is None:
+        if graph is None or (self._types is not None and node.outputs[0].dtype not in self._types):
             return False
         # onnxscript adds the opset imports of a replacement before anybody can refuse it.
         imports = dict(graph.opset_imports)

@@ -49,6 +49,14 @@ def test_matches(body, expected):
     np.testing.assert_allclose(run(model), before, rtol=1e-5, atol=1e-6)
 
 
+def test_an_op_without_a_kernel_for_the_type_is_not_emitted():
+    text = """<ir_version: 11, opset_import: ["" : 23]> g (double[n] x) => (double[n] y)
+    <double zero = {0.0}, double three = {3.0}, double six = {6.0}>
+    { a = Add(x, three) b = Clip(a, zero, six) c = Mul(x, b) y = Div(c, six) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    assert not any(apply_rules(model, borrowed_rules()).values())
+
+
 @pytest.mark.parametrize(
     "body",
     [
