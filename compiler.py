@@ -90,9 +90,11 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             "planish.report": json.dumps(report.as_dict(costs=False)),
         }
     )
-    return CompiledModel(
-        model=graph, bound=target.bind(graph), target=target, report=report, signature=signature
-    )
+    bound = target.bind(graph)
+    if bound.session_options:
+        # Whoever runs the file elsewhere can set what the chosen kernels rely on.
+        bound.model.metadata_props["planish.session_options"] = json.dumps(dict(bound.session_options))
+    return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 
 def _read(

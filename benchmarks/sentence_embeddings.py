@@ -32,8 +32,9 @@ SHAPES = ((1, 32), (1, 128), (1, 256), (32, 128))
 PIPELINES = {
     "float": "canonicalize,fuse",
     "W8A8": "canonicalize,fuse,quantize{scheme=W8A8}",
+    "W8A8 per token": "canonicalize,fuse,quantize{scheme=W8A8,activations=token}",
     "W8A16": "canonicalize,fuse,quantize{scheme=W8A16}",
-    "W4A16": "canonicalize,fuse,quantize{scheme=W4A16,group_size=32}",
+    "W4A16": "canonicalize,fuse,quantize{scheme=W4A16_ASYM,group_size=32}",
 }
 
 
@@ -53,7 +54,9 @@ def compiled_rows(module: job.SentenceEmbedder, exported: Path, folder: Path) ->
     target = planish.get_target("onnxruntime-cpu", rows=tuple(batch * sequence for batch, sequence in SHAPES))
     for name, passes in PIPELINES.items():
         compiled = planish.compile(module, passes, example_inputs=job.example(), target=target)
-        rows.append(_saved(f"planish {name}", compiled, folder / f"module-{name.lower()}.onnx"))
+        rows.append(
+            _saved(f"planish {name}", compiled, folder / f"module-{name.lower().replace(' ', '-')}.onnx")
+        )
         if name in ("float", "W8A8"):
             from_file = planish.compile(exported, passes, target=target)
             rows.append(
