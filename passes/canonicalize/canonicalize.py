@@ -33,6 +33,17 @@ _SHAPE_ROUNDS = 4
 class Canonicalize(Pass):
     """Bring a model into the canonical form that the other passes rely on.
 
+    - A linear layer is ``MatMul(x, W[in, out])`` and, with a bias, ``Add(·, b)``; Gemm and Conv stay where
+      the source is more than that. ``W`` and ``b`` are initializers named after their module, one per module.
+      A weight that the model ties is shared and says so in metadata (``planish.tied``, ``planish.tied_to``).
+    - A norm, a rotary embedding and an attention are one node each where the opset has it; a decoder's
+      attention takes ``past_key`` and ``past_value``, returns the present ones, and has its key/value heads
+      unexpanded.
+    - What can be known at compile time is a constant; there are no no-ops, dead nodes or equal computations.
+
+    Exact: nothing is rewritten whose precondition is not known to hold. Models below opset 23 keep what that
+    opset has no op for. Functions other than planish's own are inlined.
+
     Attributes:
         folding_limit: elements of the largest constant that is computed at compile time.
         untie: give an output projection that is tied to the token embedding a weight of its own, so that it

@@ -336,6 +336,7 @@ KEPT_CACHES = {
     "y = Attention(q, ck, cv)",
     "keys only": "ck = Concat<axis = -2>(pk, k) cv = Concat<axis = 2>(pv, v) va = Abs(cv) "
     "y = Attention(q, ck, va)",
+    "keys that are the values too": "ck = Concat<axis = -2>(pk, k) y = Attention(q, ck, ck, mask)",
     "three parts": "ck = Concat<axis = -2>(pk, pk, k) cv = Concat<axis = 2>(pv, pv, v) "
     "y = Attention(q, ck, cv)",
 }
