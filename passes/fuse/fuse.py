@@ -16,6 +16,7 @@ from .attention_mask import MASK_RULES
 from .borrowed import borrowed_rules
 from .convolution import FoldBatchNormalization, FoldConvolutionScale
 from .gelu import FuseGelu
+from .hard_swish import FuseHardSwish
 from .linear_scale import FoldLinearScale
 from .merge_linears import MergeLinears
 from .reshapes import CollapseReshapes
@@ -54,6 +55,7 @@ class Fuse(Pass):
         """The rewrites in groups: what is folded into a linear must be there before linears are merged."""
         folds: list[Rule] = [
             FuseGelu(),
+            FuseHardSwish(),
             FoldBatchNormalization(),
             FoldConvolutionScale(),
             FoldLinearScale(),

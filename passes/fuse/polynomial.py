@@ -19,6 +19,10 @@ Polynomial = dict[tuple[int, int], float]
 ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Identity")
 _LARGEST_DEGREE = 4
 _DEEPEST = 8
+_STEPS_IN = 5
+"""How far below the argument of the function x is looked for."""
+_STEPS_OUT = 4
+"""How many arithmetic nodes may lie between the function and the result."""
 
 
 def expand(value: ir.Value, x: ir.Value, g: ir.Value | None, depth: int = 0) -> Polynomial | None:
@@ -96,14 +100,59 @@ def equals(found: Polynomial | None, expected: Mapping[tuple[int, int], float], 
     )
 
 
-def inner_nodes(value: ir.Value, leaves: set[ir.Value]) -> set[ir.Node]:
-    """The arithmetic nodes between ``value`` and ``leaves``, the one that makes ``value`` included."""
+def find_argument(
+    value: ir.Value | None, expected: Mapping[tuple[int, int], float], tolerance: float
+) -> ir.Value | None:
+    """The x of which ``value`` is the polynomial ``expected``, the nearest if there are several."""
+    if value is None:
+        return None
+    level, seen = [value], {value}
+    for _ in range(_STEPS_IN):
+        following = []
+        for candidate in level:
+            if equals(expand(value, candidate, None), expected, tolerance):
+                return candidate
+            producer = candidate.producer()
+            if producer is not None and is_op(producer, *ARITHMETIC):
+                following += [v for v in producer.inputs if v is not None and v not in seen]
+        seen.update(following)
+        level = following
+    return None
+
+
+def find_end(
+    node: ir.Node, x: ir.Value, expected: Mapping[tuple[int, int], float], tolerance: float
+) -> ir.Node | None:
+    """The node above ``node`` that computes the polynomial ``expected`` in x and g, the value of ``node``."""
+    g = node.outputs[0]
+    current = g
+    for _ in range(_STEPS_OUT):
+        users = [use.node for use in current.uses()]
+        if len(users) != 1 or not is_op(users[0], *ARITHMETIC):
+            return None
+        current = users[0].outputs[0]
+        if equals(expand(current, x, g), expected, tolerance):
+            return users[0]
+    return None
+
+
+def only_within(end: ir.Node, x: ir.Value) -> bool:
+    """Whether nothing outside the expression from ``x`` to ``end`` reads a value inside it."""
+    inside = _nodes_between(end.outputs[0], x)
+    return not any(
+        value.is_graph_output() or any(use.node not in inside for use in value.uses())
+        for node in inside - {end}
+        for value in node.outputs
+    )
+
+
+def _nodes_between(value: ir.Value, x: ir.Value) -> set[ir.Node]:
     found: set[ir.Node] = set()
     pending = [value]
     while pending:
         current = pending.pop()
         node = current.producer()
-        if current in leaves or node is None or node in found or scalar(current) is not None:
+        if current is x or node is None or node in found or scalar(current) is not None:
             continue
         found.add(node)
         pending.extend(operand for operand in node.inputs if operand is not None)

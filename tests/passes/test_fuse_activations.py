@@ -1,4 +1,4 @@
-"""onnxscript's rules under our driver: they match, and what they must not match stays."""
+"""Activations and padding: what onnxscript's rules and ours match under our driver, and what must stay."""
 
 import numpy as np
 import onnx.parser
@@ -7,7 +7,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from planish.passes.fuse.borrowed import borrowed_rules
+from planish.passes.fuse.hard_swish import FuseHardSwish
 from planish.passes.infrastructure.rewriter import apply_rules
+
+RULES = [FuseHardSwish(), *borrowed_rules()]
 
 CONSTANTS = """float zero = {0.0}, float three = {3.0}, float six = {6.0}, float one = {1.0},
     int64[8] pads = {0, 0, 1, 2, 0, 0, 2, 1}, int64[8] batch = {1, 0, 0, 0, 0, 0, 0, 0},
@@ -38,12 +41,13 @@ def run(model: ir.Model) -> np.ndarray:
         ("a = Clip(x, one, six) y = Clip(a, zero, three)", ["Clip"]),
         ("a = Add(x, three) b = Clip(a, zero, six) c = Mul(x, b) y = Div(c, six)", ["HardSwish"]),
         ("a = Add(three, x) b = Clip(a, zero, six) c = Div(b, six) y = Mul(c, x)", ["HardSwish"]),
+        ("b = HardSigmoid<alpha = 0.16666667>(x) y = Mul(b, x)", ["HardSwish"]),
     ],
 )
 def test_matches(body, expected):
     model = model_of(body)
     before = run(model)
-    apply_rules(model, borrowed_rules())
+    apply_rules(model, RULES)
     assert [node.op_type for node in model.graph] == expected
     # float32 in another order of operations.
     np.testing.assert_allclose(run(model), before, rtol=1e-5, atol=1e-6)
@@ -54,7 +58,7 @@ def test_an_op_without_a_kernel_for_the_type_is_not_emitted():
     <double zero = {0.0}, double three = {3.0}, double six = {6.0}>
     { a = Add(x, three) b = Clip(a, zero, six) c = Mul(x, b) y = Div(c, six) }"""
     model = ir.from_proto(onnx.parser.parse_model(text))
-    assert not any(apply_rules(model, borrowed_rules()).values())
+    assert not any(apply_rules(model, RULES).values())
 
 
 @pytest.mark.parametrize(
@@ -64,11 +68,14 @@ def test_an_op_without_a_kernel_for_the_type_is_not_emitted():
         "p = Pad(x, batch) y = Conv(p, w)",
         'p = Pad<mode = "edge">(x, pads) y = Conv(p, w)',
         "a = Add(x, three) b = Clip(a, zero, six) c = Mul(x, b) y = Div(c, three)",
+        "a = Add(x, three) b = Clip(a, one, six) c = Mul(x, b) y = Div(c, six)",
+        "a = Add(x, three) b = Clip(a, zero, six) c = Mul(x, b) d = Div(c, six) y = Sub(d, b)",
+        "b = HardSigmoid(x) y = Mul(b, x)",
     ],
-    ids=["pads with ones", "pads the batch", "edge", "another divisor"],
+    ids=["pads with ones", "pads the batch", "edge", "another divisor", "another bound", "reader", "slope"],
 )
 def test_non_matches(body):
     model = model_of(body)
     before = [node.op_type for node in model.graph]
-    assert not any(apply_rules(model, borrowed_rules()).values())
+    assert not any(apply_rules(model, RULES).values())
     assert [node.op_type for node in model.graph] == before
