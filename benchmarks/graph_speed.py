@@ -197,7 +197,7 @@ def table(results: dict[int, dict[str, Outcome]], rounds: int) -> str:
         f"{versions}.",
         f"Seconds are the median of {rounds} interleaved runs, or of one where a run takes longer than "
         f"{TIME_LIMIT / 20:.0f} s.",
-        "CPU seconds, of which the ratio is taken, do not depend on what else the machine does.",
+        "CPU seconds, of which the ratio is taken, depend little on what else the machine does at the time.",
         "",
         "| nodes before | tool | seconds | CPU seconds | times planish | nodes left | largest difference |",
         "|---|---|---|---|---|---|---|",
