@@ -131,7 +131,7 @@ def test_a_layer_inside_a_subgraph():
         ({"merge_linears": False}, {"merge-linears"}),
         ({"attention_layout": False}, {"flatten-attention-heads", "collapse-reshapes"}),
     ],
-    ids=str,
+    ids=("merge_linears", "attention_layout"),
 )
 def test_options_switch_rewrites_off(options, missing):
     model = layer()
