@@ -5,8 +5,6 @@ Exit codes: 0 done, 1 an error of planish or of its input (one red line on stder
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import importlib.metadata
 import json
 import shlex
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from .passes.infrastructure.bisect import BisectResult
     from .passes.infrastructure.instruments import Instrument
     from .passes.infrastructure.pipeline import Pipeline
-    from .passes.infrastructure.registry import PassDescription
-    from .runtime.measure import Difference
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -160,7 +156,9 @@ def compile_command(
 
     `planish passes` lists the passes and their options.
     """
+    from .cli_tables import file_bytes
     from .compiler import compile as compile_model
+    from .ir.printer import format_bytes
     from .passes.infrastructure.instruments import ProgressBars, RewriteStatistics
 
     pipeline = _pipeline(passes)
@@ -190,9 +188,10 @@ def compile_command(
     if report:
         text = json.dumps(compiled.report.as_dict(), indent=2, ensure_ascii=False)
         report.write_text(text + "\n", encoding="utf-8")
-    before, after = _file_bytes(model), _file_bytes(written)
+    before, after = file_bytes(model), file_bytes(written)
     out.print(
-        f"wrote {written}: {_megabytes(after)}, {after / before:.0%} of {_megabytes(before)}", highlight=False
+        f"wrote {written}: {format_bytes(after)}, {after / before:.0%} of {format_bytes(before)}",
+        highlight=False,
     )
 
 
@@ -208,17 +207,18 @@ def inspect(
     planish inspect small.onnx --all
     ```
     """
+    from .cli_tables import facts_table, history_table, interface_table, linears_table, ops_table
     from .ir import load
     from .ir.load import REMARKS_KEY
 
     graph = load(model, check_weights=False)
-    out.print(_facts_table(graph, model))
-    out.print(_interface_table(graph))
-    out.print(_linears_table(graph, limit=None if all_layers else 20))
-    out.print(_ops_table(graph))
+    out.print(facts_table(graph, model))
+    out.print(interface_table(graph))
+    out.print(linears_table(graph, limit=None if all_layers else 20))
+    out.print(ops_table(graph))
     for remark in graph.meta.get(REMARKS_KEY, ()):
         out.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
-    if history := _history_table(graph.metadata_props):
+    if history := history_table(graph.metadata_props):
         out.print(history)
 
 
@@ -235,10 +235,11 @@ def passes(
 
     Any pass of `onnx_ir.passes.common` can be used by its class name too.
     """
+    from .cli_tables import pass_table
     from .passes.infrastructure import registry
 
     if name is not None:
-        _print_pass(registry.describe(registry.find(name)))
+        out.print(pass_table(registry.describe(registry.find(name))), highlight=False)
         return
     table = Table("pass", "contract", "requires", "establishes", "what it does", box=box.SIMPLE)
     for known in registry.available():
@@ -268,6 +269,8 @@ def benchmark(
     planish benchmark model.onnx int8.onnx --inputs inputs.npz --repeats 200
     ```
     """
+    from .cli_tables import file_bytes
+    from .ir.printer import format_bytes
     from .runtime.measure import interleaved_latency
     from .runtime.model_file import ModelFile
 
@@ -288,7 +291,7 @@ def benchmark(
             f"{latency.median_ms:.3f}",
             f"{latency.fastest_ms:.3f}",
             f"{latency.median_ms / first.median_ms:.3f}",
-            _megabytes(_file_bytes(file.path)),
+            format_bytes(file_bytes(file.path)),
         )
     out.print(table)
 
@@ -316,13 +319,15 @@ def compare(
     Cosines are of the rows (last axis); relative errors are to the output's largest value; outputs with
     `logits` in their name get the KL divergence of their softmax in nats.
     """
+    from .cli_tables import differences_table
     from .ir import load
     from .runtime.localize import first_difference
+    from .runtime.measure import compare_outputs
     from .runtime.model_file import ModelFile
 
     feeds = _inputs(reference, inputs, size)
-    differences = _differences(ModelFile(model).run(feeds), ModelFile(reference).run(feeds))
-    out.print(_differences_table(differences, _shapes(feeds)))
+    differences = compare_outputs(ModelFile(model).run(feeds), ModelFile(reference).run(feeds))
+    out.print(differences_table(differences, _shapes(feeds)))
     if locate:
         found = first_difference(
             load(reference), load(model), feeds, tolerance=1e-4 if tolerance is None else tolerance
@@ -459,150 +464,6 @@ def _instruments(
         yield PrintDiff(lambda text: out.print(text, markup=False, highlight=False, soft_wrap=True))
 
 
-def _facts_table(graph: ir.Model, path: Path) -> Table:
-    tensors = [
-        value.const_value
-        for subgraph in graph.graphs()
-        for value in subgraph.initializers.values()
-        if value.const_value is not None
-    ]
-    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in graph.opset_imports.items())
-    table = Table(show_header=False, box=box.SIMPLE, title=escape(str(path)), title_justify="left")
-    table.add_row("file", _megabytes(_file_bytes(path)))
-    table.add_row("producer", escape(f"{graph.producer_name or ''} {graph.producer_version or ''}".strip()))
-    table.add_row("opset", f"{opsets} (as loaded), IR {graph.ir_version}")
-    table.add_row("parameters", f"{sum(tensor.size for tensor in tensors):,}")
-    table.add_row("weights", _megabytes(sum(tensor.nbytes for tensor in tensors)))
-    return table
-
-
-def _interface_table(graph: ir.Model) -> Table:
-    from .ir.printer import format_type
-
-    table = Table("input / output", "type", box=box.SIMPLE)
-    for direction, values in (("→", graph.graph.inputs), ("←", graph.graph.outputs)):
-        for value in values:
-            if value.name not in graph.graph.initializers:
-                table.add_row(f"{direction} {escape(value.name or '')}", escape(format_type(value)))
-    return table
-
-
-def _linears_table(graph: ir.Model, *, limit: int | None) -> Table:
-    from .ir.views import linears
-
-    found = linears(graph)
-    shown = found[:limit]
-    more = f", the first {len(shown)} of them" if len(shown) < len(found) else ""
-    table = Table("linear", title=f"{len(found)} linears{more}", title_justify="left", box=box.SIMPLE)
-    products = sum(node.op_type in ("MatMul", "Gemm") for node in graph.graph.all_nodes())
-    others = products - sum(linear.node.op_type in ("MatMul", "Gemm") for linear in found)
-    if others:
-        table.caption = f"{others} more MatMul or Gemm multiply activations, or wait for `canonicalize`"
-    for heading in ("in", "out", "weight", "bias"):
-        table.add_column(heading, justify="right")
-    for linear in shown:
-        dtype = linear.weight.dtype.name if linear.weight.dtype is not None else "?"
-        bias = "yes" if linear.bias is not None else ""
-        table.add_row(escape(linear.name), str(linear.in_features), str(linear.out_features), dtype, bias)
-    return table
-
-
-def _history_table(metadata: Mapping[str, str]) -> Table | None:
-    """What planish wrote into the file: its recipe, what each pass did and what that cost."""
-    entries = {
-        key.removeprefix("planish."): text for key, text in metadata.items() if key.startswith("planish.")
-    }
-    if not entries:
-        return None
-    table = Table(title="made by planish", title_justify="left", show_header=False, box=box.SIMPLE)
-    report = _parse_report(entries.pop("report", "{}"))
-    for key, text in entries.items():
-        table.add_row(key, escape(text.strip()))
-    for row in report.get("passes", ()):
-        table.add_row(row["name"], escape(_history_line(row)))
-    return table
-
-
-def _parse_report(text: str) -> dict[str, Any]:
-    """The report in a file; a file edited by others may hold anything, which is then left out."""
-    try:
-        report = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return report if isinstance(report, dict) else {}
-
-
-def _history_line(row: Mapping[str, Any]) -> str:
-    words = [f"{row.get('nodes_before', '?')} → {row.get('nodes_after', '?')} nodes"]
-    if coverage := row.get("coverage"):
-        words.append(f"{coverage['covered']} of {coverage['total']} {coverage['unit']}")
-    words += [f"{name}: cosine {error['cosine_mean']:.5f}" for name, error in row.get("errors", {}).items()]
-    return "; ".join(words)
-
-
-def _ops_table(graph: ir.Model) -> Table:
-    counts = collections.Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.graph.all_nodes()
-    )
-    table = Table("op", title=f"{counts.total()} nodes", title_justify="left", box=box.SIMPLE)
-    table.add_column("count", justify="right")
-    for op, count in counts.most_common():
-        table.add_row(op, str(count))
-    return table
-
-
-def _print_pass(description: PassDescription) -> None:
-    out.print(f"[bold]{description.name}[/]  {escape(description.summary)}")
-    facts = Table(show_header=False, box=box.SIMPLE)
-    facts.add_row("contract", description.contract.value)
-    for heading in ("requires", "forbids", "establishes", "destroys"):
-        names = sorted(fact.value for fact in getattr(description, heading))
-        if names:
-            facts.add_row(heading, ", ".join(names))
-    out.print(facts)
-    if not description.options:
-        return
-    table = Table("option", "accepts", "default", "", box=box.SIMPLE)
-    for option in description.options:
-        default = "required" if option.default is None else escape(option.default)
-        table.add_row(option.name, escape(option.accepts), default, escape(option.doc))
-    out.print(table)
-    option = description.options[0]
-    text = f'--passes "{description.name}{{{option.name}={option.default or "..."}}}"'
-    out.print(f"for example: {text}", markup=False, highlight=False)
-
-
-def _differences(outputs: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Difference]:
-    from .runtime.measure import difference
-
-    common = [name for name in reference if name in outputs]
-    if not common:
-        raise InputError(f"the models have no output in common: {list(outputs)} and {list(reference)}")
-    differences = {}
-    for name in common:
-        found, expected = outputs[name], reference[name]
-        if found.shape != expected.shape:
-            raise InputError(f"output {name!r}: expected shape {expected.shape}, found {found.shape}")
-        differences[name] = difference(found, expected, logits="logits" in name)
-    return differences
-
-
-def _differences_table(differences: Mapping[str, Difference], title: str) -> Table:
-    table = Table("output", title=title, title_justify="left", box=box.SIMPLE)
-    for heading in ("cosine mean", "cosine min", "max absolute", "max relative", "KL"):
-        table.add_column(heading, justify="right")
-    for name, found in differences.items():
-        table.add_row(
-            escape(name),
-            f"{found.cosine_mean:.6f}",
-            f"{found.cosine_min:.6f}",
-            f"{found.max_absolute:.2e}",
-            f"{found.max_relative:.2e}",
-            "" if found.kl_divergence is None else f"{found.kl_divergence:.2e}",
-        )
-    return table
-
-
 def _command_check(command: str) -> Callable[[ir.Model], bool]:
     """A check that saves the model and runs a program on it, as ``git bisect run`` does."""
     from .ir import save
@@ -639,20 +500,6 @@ def _print_culprit(result: BisectResult, total: int) -> None:
 
 def _shapes(feeds: Feeds) -> str:
     return escape(", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items()))
-
-
-def _file_bytes(path: Path) -> int:
-    """Size of an ONNX file together with the file of external data that planish writes beside it."""
-    size = path.stat().st_size
-    with contextlib.suppress(FileNotFoundError):
-        size += path.with_name(f"{path.name}.data").stat().st_size
-    return size
-
-
-def _megabytes(count: int) -> str:
-    from .ir.printer import format_bytes
-
-    return format_bytes(count)
 
 
 def _show_one_line(kind: type[BaseException], error: BaseException, traceback: object) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +26,40 @@ def dynamo_export(module: SentenceEmbedder, path: Path) -> Path:
     """torch's own export with its default options: the file a user has who does nothing else."""
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {name: {0: dynamic, 1: dynamic} for name in _NAMES}
-    program = torch.onnx.export(
-        module, (), kwargs=example(), dynamic_shapes=shapes, dynamo=True, verbose=False
-    )
+    with _quiet():
+        program = torch.onnx.export(
+            module, (), kwargs=example(), dynamic_shapes=shapes, dynamo=True, verbose=False
+        )
     program.save(str(path))
     return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on torchvision and on their own future."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def torchscript_export(path: Path) -> Path:
     """The older exporter on spelled-out attention, which onnxruntime's optimizer recognises."""
     axes = {name: {0: "batch", 1: "sequence"} for name in _NAMES}
-    torch.onnx.export(
-        load_module(attention="eager"),
-        tuple(example().values()),
-        str(path),
-        input_names=list(_NAMES),
-        output_names=["embedding"],
-        dynamic_axes=axes,
-        opset_version=17,
-        dynamo=False,
-    )
+    with _quiet():
+        torch.onnx.export(
+            load_module(attention="eager"),
+            tuple(example().values()),
+            str(path),
+            input_names=list(_NAMES),
+            output_names=["embedding"],
+            dynamic_axes=axes,
+            opset_version=17,
+            dynamo=False,
+        )
     return path
 
 

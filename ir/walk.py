@@ -14,6 +14,15 @@ def root_graphs(model: ir.Model) -> Iterator[ir.Graph]:
         yield function.graph
 
 
+def graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph and its subgraphs, outer ones first; function bodies are left out."""
+    found = [model.graph]
+    for graph in found:  # grows while it is walked
+        for node in graph:
+            found.extend(subgraphs_of(node))
+    return found
+
+
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Every graph of the model, outer graphs before their subgraphs (If, Loop, Scan bodies)."""
     for root in root_graphs(model):

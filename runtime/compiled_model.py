@@ -16,7 +16,7 @@ from ..codegen.target import BoundModel, Target
 from ..ir import save
 from ..ir.errors import InputError
 from ..ir.signature import Signature, flatten_inputs, unflatten_outputs
-from .measure import Difference, Latency, difference, interleaved_latency
+from .measure import Difference, Latency, compare_outputs, interleaved_latency
 from .session import Session
 
 Array = np.ndarray[Any, Any]
@@ -136,11 +136,4 @@ class CompiledModel:
             inputs: arrays by graph-input name.
         """
         reference = other.run(inputs) if isinstance(other, CompiledModel) else other(inputs)
-        mine = self.run(inputs)
-        common = [name for name in mine if name in reference]
-        if not common:
-            raise InputError(f"no output in common: {list(mine)} against {list(reference)}")
-        return {
-            name: difference(mine[name], np.asarray(reference[name]), logits="logits" in name)
-            for name in common
-        }
+        return compare_outputs(self.run(inputs), reference)

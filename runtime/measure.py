@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.errors import InputError
+
 Array = np.ndarray[Any, Any]
 
 
@@ -55,6 +57,22 @@ def difference(value: Array, reference: Array, *, logits: bool = False) -> Diffe
         max_relative=max_absolute / scale if scale else (float("inf") if max_absolute else 0.0),
         kl_divergence=_kl_divergence(rows_a, rows_b) if logits else None,
     )
+
+
+def compare_outputs(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> dict[str, Difference]:
+    """The `difference` of every output that two models have in common, by name; KL too where it is logits.
+
+    Raises:
+        InputError: no output is common, or one has another shape than its reference.
+    """
+    common = [name for name in reference if name in outputs]
+    if not common:
+        raise InputError(f"the models have no output in common: {list(outputs)} and {list(reference)}")
+    for name in common:
+        found, expected = np.shape(outputs[name]), np.shape(reference[name])
+        if found != expected:
+            raise InputError(f"output {name!r}: expected shape {list(expected)}, found {list(found)}")
+    return {name: difference(outputs[name], reference[name], logits="logits" in name) for name in common}
 
 
 def _row_cosine(a: Array, b: Array) -> Array:

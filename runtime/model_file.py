@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ..ir.errors import InputError, ModelError, TargetError
-from .session import check_feeds
+from ..ir.errors import InputError, ModelError
+from .session import first_line, open_session, run_session
 
 Array = np.ndarray[Any, Any]
 
@@ -36,15 +36,7 @@ class ModelFile:
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(self.path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise TargetError(
-                f"{self.path}: onnxruntime {onnxruntime.__version__} cannot load it: {_first_line(error)}"
-            ) from error
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._session = open_session(str(self.path), options)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """Run once; arrays in, arrays out, by name.
@@ -52,12 +44,7 @@ class ModelFile:
         Raises:
             InputError: an input is missing, unknown or of the wrong type, or onnxruntime fails on it.
         """
-        check_feeds(self._session.get_inputs(), feeds)
-        try:
-            values = self._session.run(self._names, dict(feeds))
-        except Exception as error:
-            raise InputError(f"{self.path}: onnxruntime could not run it: {_first_line(error)}") from error
-        return dict(zip(self._names, values, strict=True))
+        return run_session(self._session, feeds)
 
 
 def read_inputs(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -74,10 +61,6 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, Array]:
             return dict(archive)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"{path}: cannot be read as inputs: {_first_line(error)}",
+            f"{path}: cannot be read as inputs: {first_line(error)}",
             hint="write it with numpy.savez(path, input_ids=..., attention_mask=...)",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

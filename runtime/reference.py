@@ -13,8 +13,8 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..ir import clone
-from ..ir.errors import InputError, TargetError
-from .session import check_feeds, serialize_sharing_weights
+from ..ir.errors import InputError
+from .session import open_session, run_session, serialize_sharing_weights
 
 Array = np.ndarray[Any, Any]
 
@@ -44,13 +44,7 @@ class ReferenceSession:
                 list(self._weights),
                 [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()],
             )
-        try:
-            self._session = onnxruntime.InferenceSession(
-                serialized, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise TargetError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._session = open_session(serialized, options)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """Run once; arrays in, arrays out (a list of arrays for a sequence output), by name.
@@ -58,12 +52,7 @@ class ReferenceSession:
         Raises:
             InputError: an input is missing, unknown or of the wrong type, or onnxruntime fails on it.
         """
-        check_feeds(self._session.get_inputs(), feeds)
-        try:
-            values = self._session.run(self._names, dict(feeds))
-        except Exception as error:
-            raise InputError(f"onnxruntime could not run the graph: {_first_line(error)}") from error
-        return dict(zip(self._names, values, strict=True))
+        return run_session(self._session, feeds)
 
 
 def run_model(
@@ -116,7 +105,3 @@ def _predecessors(node: ir.Node) -> Iterator[ir.Node]:
                 for value in graph.outputs:
                     if (producer := value.producer()) is not None:
                         yield producer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

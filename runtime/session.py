@@ -56,18 +56,12 @@ class Session:
                 list(self._shared_weights),
                 [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._shared_weights.values()],
             )
-        try:
-            self._session = onnxruntime.InferenceSession(
-                serialized,
-                options,
-                providers=target.providers() if target else ["CPUExecutionProvider"],
-                disabled_optimizers=list(bound.disabled_optimizers),
-            )
-        except Exception as error:
-            raise TargetError(
-                f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}",
-                hint="`planish inspect` lists its ops; an op this onnxruntime lacks needs another target",
-            ) from error
+        self._session = open_session(
+            serialized,
+            options,
+            providers=target.providers() if target else None,
+            disabled_optimizers=list(bound.disabled_optimizers),
+        )
         self.inputs = tuple(self._session.get_inputs())
         self.output_names = tuple(output.name for output in self._session.get_outputs())
 
@@ -93,9 +87,51 @@ class Session:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in feeds.items())
             raise InputError(
-                f"onnxruntime could not run the model on inputs {shapes}: {_first_line(error)}"
+                f"onnxruntime could not run the model on inputs {shapes}: {first_line(error)}"
             ) from error
         return {name: _as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
+
+
+def open_session(
+    model: bytes | str,
+    options: onnxruntime.SessionOptions,
+    *,
+    providers: Sequence[Any] | None = None,
+    disabled_optimizers: Sequence[str] = (),
+) -> onnxruntime.InferenceSession:
+    """Open a serialised model, or the file at a path; on the CPU unless ``providers`` says otherwise.
+
+    Raises:
+        TargetError: onnxruntime rejects the model.
+    """
+    try:
+        return onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=list(providers or ["CPUExecutionProvider"]),
+            disabled_optimizers=list(disabled_optimizers),
+        )
+    except Exception as error:
+        name = model if isinstance(model, str) else "the model"
+        raise TargetError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {name}: {first_line(error)}",
+            hint="`planish inspect` lists its ops; an op this onnxruntime lacks needs another target",
+        ) from error
+
+
+def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Any]:
+    """Run once; arrays in, arrays out (a list of arrays for a sequence output), by name.
+
+    Raises:
+        InputError: an input is missing, unknown or of the wrong type, or onnxruntime fails on it.
+    """
+    check_feeds(session.get_inputs(), feeds)
+    names = [output.name for output in session.get_outputs()]
+    try:
+        values = session.run(names, dict(feeds))
+    except Exception as error:
+        raise InputError(f"onnxruntime could not run the model: {first_line(error)}") from error
+    return dict(zip(names, values, strict=True))
 
 
 def check_feeds(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> None:
@@ -164,5 +200,6 @@ def serialize_sharing_weights(model: ir.Model) -> tuple[bytes, dict[str, Array]]
 _SHARABLE = frozenset(ir.DataType.from_numpy(dtype) for dtype in _NUMPY_DTYPES.values())
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...ir.walk import graphs
 from .evaluate import NATIVE, can_evaluate, evaluate, static_shape
 from .graph_edits import (
     Array,
     add_initializer,
     constant_tensor,
-    graphs,
     is_op,
     opset,
     retire,

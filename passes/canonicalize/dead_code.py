@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from .graph_edits import graphs
+from ...ir.walk import graphs
 
 
 def remove_dead_code(model: ir.Model) -> dict[str, int]:

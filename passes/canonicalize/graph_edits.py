@@ -265,19 +265,6 @@ def take_over(node: ir.Node, new: ir.Node) -> None:
     retire(node)
 
 
-def graphs(model: ir.Model) -> list[ir.Graph]:
-    """The main graph and all subgraphs, outer ones first; function bodies are definitions and stay."""
-    found = [model.graph]
-    for graph in found:  # grows while it is walked
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    found.append(attribute.as_graph())
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    found.extend(attribute.as_graphs())
-    return found
-
-
 def merge(*counts: Mapping[str, int]) -> dict[str, int]:
     """The sum of several statistics."""
     total: dict[str, int] = {}

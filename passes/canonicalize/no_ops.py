@@ -20,10 +20,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.walk import graphs
 from .graph_edits import (
     bypass,
     constant,
-    graphs,
     integer,
     integers,
     is_op,

@@ -23,13 +23,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY
 
+from ...ir.walk import graphs
 from .graph_edits import (
     add_initializer,
     as_dim,
     bypass,
     constant_tensor,
     dims,
-    graphs,
     integer,
     integers,
     is_op,

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .graph_edits import add_initializer, constant_tensor, graphs, is_op, retire, sweep, transposed
+from ...ir.walk import graphs
+from .graph_edits import add_initializer, constant_tensor, is_op, retire, sweep, transposed
 from .module_paths import module_path
 
 TIED_TO = "planish.tied_to"

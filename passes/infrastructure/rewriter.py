@@ -35,6 +35,7 @@ import onnxscript.optimizer
 from onnxscript.rewriter import RewriteRule
 
 from ...ir.errors import PassError
+from ...ir.walk import graphs
 from .rewrite_limit import RewriteLimit, current_limit
 
 ANY_OP = "*"
@@ -105,7 +106,7 @@ class _Run:
         self.new_nodes: list[ir.Node] = []
         self.dead: dict[ir.Node, ir.Graph] = {}
         self.rule_name = ""
-        for graph in _graphs(model):
+        for graph in graphs(model):
             self.value_names.update(graph.initializers)
             self.value_names.update(value.name or "" for value in graph.inputs)
             for node in graph:
@@ -120,19 +121,6 @@ class _Run:
 
 
 _GRAPH_ATTRIBUTES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
-
-
-def _graphs(model: ir.Model) -> list[ir.Graph]:
-    """The main graph and all subgraphs, outer ones first."""
-    found = [model.graph]
-    for graph in found:
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    found.append(attribute.as_graph())
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    found.extend(attribute.as_graphs())
-    return found
 
 
 _run: ContextVar[_Run | None] = ContextVar("rewriting", default=None)
@@ -416,7 +404,7 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> dict[str, int]:
             index[root] = sorted([*candidates, *anywhere], key=lambda rule: position[id(rule)])
     hits = dict.fromkeys((rule.name for rule in rules), 0)
     with rewriting(model):
-        for graph in _graphs(model):
+        for graph in graphs(model):
             _Driver(graph, index, anywhere, hits, _current_run()).run()
     return hits
 

@@ -232,7 +232,7 @@ def test_a_file_is_run_as_it_is(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         ModelFile(tmp_path / "missing.onnx")
     path.write_bytes(b"not a model")
-    with pytest.raises(TargetError, match="cannot load it"):
+    with pytest.raises(TargetError, match="cannot load"):
         ModelFile(path)
 
 
