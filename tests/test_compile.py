@@ -101,6 +101,15 @@ def test_compile_changes_neither_path_nor_model_in_memory(compiled, tmp_path):
     assert proto.SerializeToString(deterministic=True) == before
 
 
+def test_the_report_reads_as_a_table(compiled):
+    lines = str(compiled.report).splitlines()
+    assert [line.split()[0] for line in lines if line.split()[0:1] in (["canonicalize"], ["fuse"])] == [
+        "canonicalize",
+        "fuse",
+    ]
+    assert any("cosine" in line for line in lines)
+
+
 def test_the_same_compilation_writes_the_same_bytes(compiled, tmp_path):
     source = compiled.save(tmp_path / "m.onnx")
     for name in ("first", "second"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ...ir.printer import format_bytes
@@ -142,6 +144,16 @@ class PipelineReport:
 
     def __rich__(self) -> Table:
         return self.table()
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_TEXT_WIDTH)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+_TEXT_WIDTH = 110
+"""Characters of a line where the report is printed as plain text."""
 
 
 _HEADINGS = ("pass", "did", "nodes", "weights", "s", "error", "cosine")
