@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types layers benchmark clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/sentence_embeddings.py
+	$(BIN)/python benchmarks/sentence_embeddings.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
@@ -25,7 +25,7 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 benchmark: $(VENV)/.bench
-	$(BIN)/python benchmarks/sentence_embeddings.py
+	$(BIN)/python benchmarks/sentence_embeddings.py --peers
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/foreign_onnx.py
 	$(BIN)/python benchmarks/graph_speed.py
