@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="add today's recipes; writes the results table")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the files go")
-    parser.add_argument("--repeats", type=int, default=40, help="timed calls of each model at batch 1")
+    parser.add_argument("--repeats", type=int, default=48, help="timed calls of each model at batch 1")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
