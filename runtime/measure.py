@@ -123,6 +123,7 @@ def interleaved_latency(
         burst: counted calls of one callable in a row.
         seed: of the shuffled order.
     """
+    burst = min(burst, repeats)
     order = list(runs)
     shuffle = np.random.default_rng(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
