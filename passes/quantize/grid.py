@@ -109,9 +109,24 @@ def fit(weight: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
     return scale, zero
 
 
+def codes(
+    values: npt.NDArray[np.float64], scale: Floats, zero: Floats, grid: Grid
+) -> npt.NDArray[np.float64]:
+    """The integers nearest to ``values`` [N]; all float64, so that ties are those of the exact quotient."""
+    integers: npt.NDArray[np.float64] = np.rint(values / scale) + zero
+    return np.clip(integers, grid.lowest, grid.highest, out=integers)
+
+
 def round_to_grid(weight: Floats, scale: Floats, zero: Floats | None, grid: Grid) -> QuantizedWeight:
     """Round ``weight`` [K, N] to the nearest points of the grid, pairs within their limit if it has one."""
     integers = _integers(_blocks(weight, grid), scale, zero, grid).reshape(weight.shape)
+    return quantized_weight(integers, scale, zero, grid)
+
+
+def quantized_weight(
+    integers: npt.NDArray[Any], scale: Floats, zero: Floats | None, grid: Grid
+) -> QuantizedWeight:
+    """Integers [K, N] with scale and zero point [K / B, N], all in the types that they are stored in."""
     dtype = np.int8 if grid.symmetric else np.uint8
     per_channel = grid.block_size == 0
     return QuantizedWeight(

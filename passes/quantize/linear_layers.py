@@ -51,7 +51,7 @@ def quantize_linear(
     weight = read_weight(linear.weight)
     if linear.transposed:
         weight = np.ascontiguousarray(weight.T)
-    quantized = algorithm(weight, grid)
+    quantized = algorithm(weight, grid, None, lambda reason: None)
     error = relative_error(weight, quantized.dequantized())
     last = linear.bias_node or linear.node
     nodes, definition = _nodes(model, linear, quantized, grid, activations)

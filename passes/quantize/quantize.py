@@ -100,7 +100,7 @@ class Quantize(Pass):
         limit_pairs = scheme.dynamic and (
             ctx.target.adds_products_in_16_bits() if self.reduce_range == "auto" else self.reduce_range
         )
-        algorithm = ALGORITHMS[self.algorithm]
+        algorithm = ALGORITHMS[self.algorithm]()
         errors = {}
         for linear in ctx.progress(linears(model), "quantize linears"):
             reason = self._not_asked_for(linear.name) or reason_to_skip_linear(linear, scheme)

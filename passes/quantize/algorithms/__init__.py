@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Any
 
-from ..grid import Floats, Grid, QuantizedWeight
-from .rtn import round_to_nearest
+from .base import Algorithm, LayerStatistics, Remark
+from .gptq import GPTQ
+from .rtn import RoundToNearest
 
-
-class Algorithm(Protocol):
-    """Chooses integers, scales and zero points for one weight."""
-
-    def __call__(self, weight: Floats, grid: Grid) -> QuantizedWeight:
-        """Quantise ``weight`` [K, N] float32, finite, to ``grid``."""
+ALGORITHMS: dict[str, type[Any]] = {"gptq": GPTQ, "rtn": RoundToNearest}
 
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": round_to_nearest}
+def algorithm(name: str, *, act_order: bool, damp: float) -> Algorithm:
+    """The algorithm called ``name``, a key of `ALGORITHMS`, with those of the settings that it has."""
+    kind = ALGORITHMS[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    settings = {"act_order": act_order, "damp": damp}
+    found: Algorithm = kind(**{key: value for key, value in settings.items() if key in known})
+    return found
 
-__all__ = ["ALGORITHMS", "Algorithm"]
+
+__all__ = ["ALGORITHMS", "Algorithm", "LayerStatistics", "Remark", "algorithm"]

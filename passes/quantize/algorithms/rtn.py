@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 from ..grid import Floats, Grid, QuantizedWeight, fit, round_to_grid
+from .base import LayerStatistics, Remark
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """`round_to_nearest` as an `Algorithm`."""
+
+    needs_statistics: ClassVar[bool] = False
+    needs_prefix_error: ClassVar[bool] = False
+
+    def __call__(
+        self, weight: Floats, grid: Grid, statistics: LayerStatistics | None, remark: Remark
+    ) -> QuantizedWeight:
+        """Quantise ``weight`` [K, N]; statistics are not looked at."""
+        return round_to_nearest(weight, grid)
 
 
 def round_to_nearest(weight: Floats, grid: Grid) -> QuantizedWeight:

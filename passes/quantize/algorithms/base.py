@@ -1,0 +1,49 @@
+"""What the algorithms share: the statistics of a layer's inputs, and how an algorithm is called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..grid import Floats, Grid, QuantizedWeight
+
+Remark = Callable[[str], None]
+"""Takes one sentence about the layer at hand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """Second moments of a linear layer's input of K features, over the calibration tokens.
+
+    Attributes:
+        covariance: [K, K] float64, mean over tokens of x̂ x̂ᵀ; x̂ is what the layer gets in the quantised model.
+        prefix_error: [K, K] float64, mean over tokens of (x − x̂) x̂ᵀ, x from the dense model; None where it
+            was not asked for.
+        tokens: how many.
+    """
+
+    covariance: npt.NDArray[np.float64]
+    prefix_error: npt.NDArray[np.float64] | None
+    tokens: int
+
+
+class Algorithm(Protocol):
+    """Chooses integers, scales and zero points for one weight; a frozen dataclass that holds its settings."""
+
+    needs_statistics: ClassVar[bool]
+    needs_prefix_error: ClassVar[bool]
+
+    def __call__(
+        self, weight: Floats, grid: Grid, statistics: LayerStatistics | None, remark: Remark
+    ) -> QuantizedWeight:
+        """Quantise ``weight`` [K, N] float32, finite, to ``grid``; K is a multiple of the block size.
+
+        Layers that read the same input may come as one weight, concatenated along N: columns are independent.
+
+        Raises:
+            ValueError: the algorithm needs statistics that are missing or do not have K features.
+        """
