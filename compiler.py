@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from .ir.trace import trace
 from .passes.infrastructure.driver import run_pipeline
 from .passes.infrastructure.instruments import ContractCheck, Instrument, VerifyAfterEachPass
 from .passes.infrastructure.pipeline import Pipeline
+from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
 
 Check = Literal["contract", "verify", "none"]
@@ -41,7 +42,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    calibration: Iterable[Feeds] | None = None,
+    calibration: Any = None,
     target: str | Target = "onnxruntime-cpu",
     check: Check = "verify",
     seed: int = 0,
@@ -58,7 +59,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         example_inputs: for a module, what it is called with (a tensor, a tuple, or a dict of keyword
             arguments); for ONNX, a dict of arrays by graph-input name. Contract checks run on them.
         dynamic_shapes: as in `torch.export.export`; by default batch and sequence dimensions are dynamic.
-        calibration: further inputs, dicts of arrays by graph-input name, for passes that ask for data.
+        calibration: real inputs for passes that look at activations: an iterable (a torch DataLoader, say) of
+            dicts, tensors or tuples, as the model is called with, or an object with onnxruntime's
+            ``get_next()``. It is read once. A decoder's mask, positions and empty cache may be left out.
         target: ``"onnxruntime-cpu"``, ``"portable"``, or a `Target` with options.
         check: after each pass, ``"verify"`` the graph's structure, or also check each pass's ``"contract"``
             by running the model on ``example_inputs``; ``"none"`` checks nothing.
@@ -77,7 +80,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         pipeline,
         target=target,
         examples=examples,
-        calibration=_calibration_data(calibration, graph),
+        calibration=() if calibration is None else CalibrationData.read(calibration, graph, signature),
         seed=seed,
         instruments=(*_checks(check, examples), *instruments),
     )
@@ -126,22 +129,6 @@ def _module_feeds(signature: Signature, example_inputs: Any) -> tuple[Feeds, ...
         args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
         tensors = flatten_inputs(signature, tuple(args), {})
     return ({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()},)
-
-
-def _calibration_data(calibration: Iterable[Feeds] | None, graph: ir.Model) -> Iterable[Feeds]:
-    """The calibration data, known to hold something that fits the model's inputs."""
-    if calibration is None:
-        return ()
-    if isinstance(calibration, Iterator):
-        calibration = tuple(calibration)
-    first = next(iter(calibration), None)
-    if first is None:
-        raise InputError("the calibration data is empty", hint="give some inputs, or leave calibration= out")
-    names = sorted(value.name or "" for value in graph.graph.inputs)
-    if not isinstance(first, Mapping) or sorted(first) != names:
-        found = sorted(first) if isinstance(first, Mapping) else f"a {type(first).__name__}"
-        raise InputError(f"calibration data: expected dicts of arrays with the keys {names}, found {found}")
-    return calibration
 
 
 def _checks(check: Check, examples: Sequence[Feeds]) -> tuple[Instrument, ...]:

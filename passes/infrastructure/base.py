@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...codegen.target import Target
+from ...ir.errors import InputError
+from ...runtime.calibration import ActivationStream
 
 T = TypeVar("T")
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -101,7 +103,7 @@ class PassContext:
     Attributes:
         target: where the model will run; answers what its kernels can do and cost.
         examples: real inputs, each a mapping from graph-input name to array; may be empty.
-        calibration: further real inputs, streamed once; may be empty.
+        calibration: further real inputs, see `planish.runtime.calibration`; may be empty.
         rng: a generator seeded by the pipeline's seed, the pass's name, and how often it ran before.
         remarks: what the pass has said so far.
         on_progress: set by the driver; wraps the iterator of a `progress` loop to show how far it is, given
@@ -118,7 +120,7 @@ class PassContext:
     ) -> None:
         self.target = target
         self.examples = examples
-        self.calibration = calibration
+        self.calibration = calibration if isinstance(calibration, Sequence) else tuple(calibration)
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
         self.on_progress: ProgressHook | None = None
@@ -127,6 +129,19 @@ class PassContext:
         """Say something about a node or weight: why it was skipped, or what fell back."""
         name = subject if isinstance(subject, str) else (subject.name or repr(subject))
         self.remarks.append(Remark(name, text))
+
+    def activation_stream(self, model: ir.Model, *, releases_weights: bool = False) -> ActivationStream:
+        """The calibration data at the beginning of ``model``, to be moved on block by block.
+
+        Raises:
+            InputError: there is no calibration data.
+        """
+        if not self.calibration:
+            raise InputError(
+                "this needs calibration data, and there is none",
+                hint="give compile(..., calibration=inputs), or --calibration inputs.npz",
+            )
+        return ActivationStream(model, self.calibration, releases_weights=releases_weights)
 
     def progress(self, items: Sequence[T], description: str) -> Iterator[T]:
         """Iterate ``items`` and let the driver's instruments show how far the work is."""

@@ -48,7 +48,7 @@ def run_pipeline(
             arrive as `PassError` with the exception as its cause.
     """
     pipeline.check_legal(facts_of(model))
-    if isinstance(calibration, Iterator):
+    if not isinstance(calibration, Sequence):
         calibration = tuple(calibration)
     instruments = (*instruments, TimeAndMemory())
     reports: list[PassReport] = []

@@ -1,0 +1,7 @@
+"""Calibration: real inputs, run through a model block by block, and the statistics taken on the way."""
+
+from .data import CalibrationData
+from .statistics import Covariance
+from .stream import ActivationStream, Tap
+
+__all__ = ["ActivationStream", "CalibrationData", "Covariance", "Tap"]

@@ -1,0 +1,201 @@
+"""Calibration data: whatever a user has, as complete feeds of the graph.
+
+Taken are an iterable (a torch DataLoader is one) of dicts, of tensors or of tuples, and onnxruntime's
+``CalibrationDataReader`` (an object with ``get_next()``). It is read once, and what is kept are the graph's
+inputs: ids and masks, not activations. Batches of many samples are cut into small ones, so that running one
+never needs much memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ...ir.errors import InputError
+from ...ir.signature import Signature, flatten_inputs
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+MASK = "attention_mask"
+_TOKENS_PER_RUN = 2048
+"""Samples are run together up to about this many elements of an input: matrix products are at full speed."""
+
+
+class CalibrationData(Sequence[Feeds]):
+    """Complete feeds by graph-input name, one small batch each.
+
+    Args:
+        batches: at least one; every graph input is in each.
+    """
+
+    def __init__(self, batches: Iterable[Feeds]) -> None:
+        self._batches = tuple(part for batch in batches for part in _split(batch))
+
+    @classmethod
+    def read(cls, source: Any, model: ir.Model, signature: Signature | None = None) -> CalibrationData:
+        """Read ``source`` once and fit each item to the graph's inputs.
+
+        Inputs of a decoder that follow from the others may be left out: ``attention_mask`` (ones),
+        ``position_ids`` (counting attended tokens) and ``past_key_values.*`` (empty).
+
+        Args:
+            source: an iterable of dicts, tensors or tuples, or an object with ``get_next()``.
+            model: its graph inputs are what items must give.
+            signature: how the traced module is called, for items that are spelled as its arguments.
+
+        Raises:
+            InputError: there is no item, or one does not fit; the message says which and why.
+        """
+        batches = []
+        for position, item in enumerate(_items(source)):
+            try:
+                feeds = _feeds(item, model, signature)
+                _check(feeds, model)
+            except InputError as error:
+                raise InputError(
+                    f"calibration data, item {position}: {error.message}", hint=error.hint
+                ) from error
+            batches.append(feeds)
+        if not batches:
+            raise InputError(
+                "the calibration data is empty", hint="give some inputs, or leave calibration= out"
+            )
+        return cls(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Feeds: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Feeds, ...]: ...
+    def __getitem__(self, index: int | slice) -> Feeds | tuple[Feeds, ...]:
+        return self._batches[index]
+
+
+def token_mask(feeds: Feeds) -> npt.NDArray[np.bool_] | None:
+    """Which tokens are real, [batch, sequence], or None where nothing says that some are padding."""
+    mask = feeds.get(MASK)
+    if mask is None or mask.ndim != 2:
+        return None
+    ids = feeds.get("input_ids")
+    # Beside a cache, the mask begins with the past, which is not run again.
+    length = ids.shape[1] if ids is not None and ids.ndim == 2 else mask.shape[1]
+    real: npt.NDArray[np.bool_] = mask[:, mask.shape[1] - length :].astype(bool)
+    return None if real.all() else real
+
+
+def _items(source: Any) -> Iterator[Any]:
+    if hasattr(source, "get_next"):
+        while (item := source.get_next()) is not None:
+            yield item
+        return
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise InputError(
+            f"calibration: expected an iterable of inputs, found {type(source).__name__}",
+            hint="give a list of dicts, a DataLoader, or an object with get_next()",
+        )
+    yield from source
+
+
+def _feeds(item: Any, model: ir.Model, signature: Signature | None) -> dict[str, Array]:
+    names = _input_names(model)
+    if isinstance(item, Mapping):
+        if sorted(item) != sorted(names) and signature is not None:
+            item = flatten_inputs(signature, (), dict(item))
+        feeds = {str(name): _array(value) for name, value in item.items()}
+    elif signature is not None:
+        arguments = tuple(item) if isinstance(item, tuple | list) else (item,)
+        feeds = {name: _array(value) for name, value in flatten_inputs(signature, arguments).items()}
+    else:
+        values = item if isinstance(item, tuple | list) else (item,)
+        if len(values) > len(names):
+            raise InputError(f"{len(values)} tensors were given, the model has the inputs {names}")
+        feeds = {name: _array(value) for name, value in zip(names, values, strict=False)}
+    return _completed(feeds, model)
+
+
+def _input_names(model: ir.Model) -> list[str]:
+    return [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def _array(value: Any) -> Array:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, np.ndarray | np.generic | int | float | bool):
+        raise InputError(f"expected tensors or arrays, found {type(value).__name__}")
+    return np.asarray(value)
+
+
+def _completed(feeds: dict[str, Array], model: ir.Model) -> dict[str, Array]:
+    """Add what a decoder's other inputs follow from."""
+    ids = feeds.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        return feeds
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    missing = [name for name in _input_names(model) if name not in feeds]
+    for name in missing:
+        if name.startswith("past_key_values."):
+            feeds[name] = _empty_past(inputs[name], ids.shape[0])
+    if MASK in missing:
+        past = next((feeds[name].shape[2] for name in feeds if name.startswith("past_key_values.")), 0)
+        feeds[MASK] = np.ones((ids.shape[0], past + ids.shape[1]), np.int64)
+    if "position_ids" in missing:
+        attended = feeds[MASK] if MASK in feeds else np.ones(ids.shape, np.int64)
+        feeds["position_ids"] = np.maximum(attended.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+    return feeds
+
+
+def _empty_past(value: ir.Value, batch: int) -> Array:
+    """[batch, heads, 0, head size]"""
+    if value.shape is None or len(value.shape) != 4 or value.dtype is None:
+        raise InputError(f"input {value.name!r} is missing, and its shape is not known")
+    heads, size = value.shape[1], value.shape[3]
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise InputError(f"input {value.name!r} is missing, and its shape {value.shape} is not known")
+    return np.zeros((batch, heads, 0, size), value.dtype.numpy())
+
+
+def _check(feeds: dict[str, Array], model: ir.Model) -> None:
+    """Names, ranks, fixed dimensions and values; integers of another width are converted in place."""
+    expected = {str(value.name): value for value in model.graph.inputs}
+    names = sorted(_input_names(model))
+    if not set(names) <= set(feeds) <= set(expected):
+        raise InputError(f"expected the inputs {names}, found {sorted(feeds)}")
+    for name, array in feeds.items():
+        value = expected[name]
+        dtype = None if value.dtype is None else value.dtype.numpy()
+        if dtype is not None and array.dtype != dtype:
+            if not np.can_cast(array.dtype, dtype, "same_kind"):
+                raise InputError(f"input {name!r}: expected {dtype}, found {array.dtype}")
+            feeds[name] = array = array.astype(dtype)
+        shape = value.shape
+        fits = shape is None or (
+            len(shape) == array.ndim
+            and all(dim == size for dim, size in zip(shape, array.shape, strict=True) if isinstance(dim, int))
+        )
+        if not fits:
+            raise InputError(f"input {name!r}: expected shape {shape}, found {list(array.shape)}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"input {name!r} holds NaN or infinity")
+        if array.size == 0 and not name.startswith("past_key_values."):
+            raise InputError(f"input {name!r} is empty, {list(array.shape)}")
+
+
+def _split(feeds: Feeds) -> Iterator[Feeds]:
+    """The samples of a batch, as many together as make a run worth while."""
+    sizes = {array.shape[0] if array.ndim else -1 for array in feeds.values()}
+    if len(sizes) != 1 or sizes <= {-1, 1}:
+        yield feeds
+        return
+    (batch,) = sizes
+    # The first input decides: token ids are two-dimensional, images and features are larger anyway.
+    per_sample = max(array.size // batch for array in feeds.values())
+    step = max(1, _TOKENS_PER_RUN // max(per_sample, 1))
+    for start in range(0, batch, step):
+        yield {name: array[start : start + step] for name, array in feeds.items()}
