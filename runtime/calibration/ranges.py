@@ -1,4 +1,4 @@
-"""Ranges of activations, for static quantisation and for scaling channels: collected in one pass over the data.
+"""Ranges of activations, for static quantisation and for scaling channels, from one pass over the data.
 
 A collector is fed rows of one tensor, batch after batch, and keeps a fixed amount of memory. `RangeCollector`
 answers with the range [lowest, highest] that a grid should cover; what lies outside will be clipped.
@@ -15,11 +15,12 @@ histogram of the wider bins would have had. So its counts do not depend on the o
 it was cut into batches. It has between ``bins`` and 2 · ``bins`` + 2 of them over the whole range: one value
 far out makes all bins wide.
 
-Ranges always hold zero, so that zero is on the grid that `asymmetric_grid` or `symmetric_scale` makes of them.
+Ranges always hold zero, so that zero is on the grids that `asymmetric_grid` and `symmetric_scale` make.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -121,7 +122,7 @@ class RangeCollector:
 
 
 def asymmetric_grid(lowest: float, highest: float, bits: int = 8) -> tuple[float, int]:
-    """Scale and zero point of x̂ = (q − zero point) · scale, 0 ≤ q < 2^bits, over [lowest, highest] and zero."""
+    """Scale and zero point of x̂ = (q − zero point) · scale, 0 ≤ q < 2^bits, that cover the range and zero."""
     lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     top = (1 << bits) - 1
     scale = (highest - lowest) / top or 1.0
@@ -227,20 +228,20 @@ class _Histogram:
         counts = np.zeros(last - first + 1)
         if self.width:
             shift = round(math.log2(width / self.width))
-            index = (np.arange(self.counts.size) + self.first >> shift) - first
+            index = ((np.arange(self.counts.size) + self.first) >> shift) - first
             np.add.at(counts, index, self.counts)
         self.width, self.first, self.counts = width, first, counts
 
     @property
     def centres(self) -> Doubles:
         """The middle of every bin."""
-        return (np.arange(self.counts.size) + self.first + 0.5) * self.width
+        return (np.arange(self.counts.size, dtype=np.float64) + self.first + 0.5) * self.width
 
     def quantiles(self, fractions: Doubles) -> Doubles:
         """The values that these fractions of all values lie below, interpolated within a bin."""
         below = -self.first
         steps = np.insert(self.counts, below, self.zeros)
-        edges = np.insert((np.arange(self.counts.size + 1) + self.first) * self.width, below, 0.0)
+        edges: Doubles = np.insert((np.arange(self.counts.size + 1) + self.first) * self.width, below, 0.0)
         cumulative = np.concatenate([[0.0], np.cumsum(steps)])
         quantiles: Doubles = np.interp(fractions * cumulative[-1], cumulative, edges)
         return quantiles
@@ -270,8 +271,8 @@ def _mse_range(histogram: _Histogram, whole: Range, bits: int, symmetric: bool) 
     least = error(low, high)
     # In a symmetric grid both ends are at the same distance from zero.
     while not symmetric:
-        low = _best(lambda fraction, high=high: error(fraction, high))  # type: ignore[misc]
-        high = _best(lambda fraction, low=low: error(low, fraction))  # type: ignore[misc]
+        low = _best(functools.partial(error, high=high))
+        high = _best(functools.partial(error, low))
         found = error(low, high)
         if found >= least:
             break
@@ -297,7 +298,8 @@ def _squared_error(histogram: _Histogram, clip: Range, bits: int, symmetric: boo
 
 def _entropy_range(histogram: _Histogram, bits: int, symmetric: bool) -> Range:
     """±t for the t that leaves the least divergence between the magnitudes and their quantised form."""
-    one_sided = histogram.first == 0 or histogram.first + histogram.counts.size <= 0
+    below = -histogram.first
+    one_sided = not histogram.counts[:below].any() or not histogram.counts[below:].any()
     levels = 1 << (bits if one_sided and not symmetric else bits - 1)
     magnitudes = histogram.magnitudes()
     step = max(1, magnitudes.size // _ENTROPY_CANDIDATES)
@@ -330,5 +332,5 @@ def _not_finite(name: str) -> InputError:
         f"calibration: the activations {name!r} hold NaN or infinity"
         if name
         else "calibration: activations hold NaN or infinity",
-        hint="run the model on this data before compressing it: planish diff shows where it starts",
+        hint="the model itself overflows on this data: look at the samples and the weights",
     )
