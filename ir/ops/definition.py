@@ -37,6 +37,12 @@ class OpDefinition:
         """(domain, op_type, overload): the key of the function in a model."""
         return (DOMAIN, self.op_type, self.overload)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        names = self.signature.partition("=>")[0].rpartition("(")[2].rstrip().rstrip(")")
+        return tuple(name.strip() for name in names.split(","))
+
     def function(self, opset_version: int) -> ir.Function:
         """A new function with this body, importing the standard ops at ``opset_version``."""
         function = ir.serde.deserialize_function(_parse(self, opset_version))

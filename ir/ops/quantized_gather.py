@@ -37,6 +37,7 @@ BLOCK = OpDefinition(
   Y = Gather <axis: int = 0> (table_float, ids)
 """,
 )
+DEFINITIONS = {definition.overload: definition for definition in (ROW, BLOCK)}
 
 
 def quantized_gather(
