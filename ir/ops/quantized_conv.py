@@ -75,5 +75,6 @@ def quantized_conv(
         domain=DOMAIN,
         name=name,
     )
-    node.outputs[0].dtype = x.dtype
+    if x.dtype is not None:
+        node.outputs[0].dtype = x.dtype
     return node, CONV

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -212,10 +213,10 @@ class Outliers:
     values: ir.Value
 
 
-def outlier_gaps(positions: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+def outlier_gaps(positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Gaps between ascending positions of a flattened [K, N] weight, the first from 0.
 
-    16 bits each where they fit, as they do unless outliers are rarer than one in 65,535; else 32 bits.
+    They are uint16 where they fit, as they do unless two outliers lie 65,536 weights apart; else uint32.
 
     Raises:
         ValueError: the positions are not strictly ascending from 0 or more.
