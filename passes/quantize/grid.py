@@ -74,6 +74,12 @@ class QuantizedWeight:
     scale: npt.NDArray[Any]
     zero_point: npt.NDArray[Any] | None
 
+    def columns(self, start: int, stop: int) -> QuantizedWeight:
+        """The part of output channels ``start`` to ``stop``: layers quantised as one come apart again."""
+        part = (..., slice(start, stop))
+        zero_point = None if self.zero_point is None else self.zero_point[part]
+        return QuantizedWeight(self.integers[part], self.scale[part], zero_point)
+
     def dequantized(self) -> Floats:
         """ŵ [K, N] float32."""
         rows, columns = self.integers.shape

@@ -1,8 +1,8 @@
 """Quantisation schemes by their usual names: how many bits weights and activations get, and the grid's shape.
 
     W<bits>A16          integer weights, float activations           W8A16, W4A16, W3A16, W2A16
-    W<bits>A16_ASYM     the same with zero points                    W4A16_ASYM
-    W8A8                int8 weights, activations quantised at run time
+    W<bits>A<bits>      the activations are quantised at run time    W8A8, W4A8, W4A4
+    …_ASYM              the same with zero points                    W4A16_ASYM
 
 A16 stands for activations that stay in the model's float type, 16 bits wide or not.
 """
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ...ir.errors import PipelineError
 from .grid import Grid
 
-_SCHEME = re.compile(r"W(?P<bits>[2-8])A(?P<activation_bits>8|16)(?P<asymmetric>_ASYM)?", re.IGNORECASE)
+_SCHEME = re.compile(r"W(?P<bits>[2-8])A(?P<activation_bits>[2-8]|16)(?P<asymmetric>_ASYM)?", re.IGNORECASE)
 _GROUP_SIZE_BELOW_5_BITS = 128
 
 
@@ -26,14 +26,16 @@ class Scheme:
     """What a scheme's name says.
 
     Attributes:
+        name: as it was given.
         bits: of a weight, 2 to 8.
-        dynamic: activations are quantised too, at run time.
+        activation_bits: of an activation, quantised at run time; None where activations stay float.
         symmetric: no zero points.
         group_size: rows of [K, N] that share a scale; −1 for one scale per output channel.
     """
 
+    name: str
     bits: int
-    dynamic: bool
+    activation_bits: int | None
     symmetric: bool
     group_size: int
 
@@ -49,7 +51,7 @@ class Scheme:
         )
 
 
-def parse_scheme(name: str, group_size: int | None, symmetric: bool | None) -> Scheme:
+def parse_scheme(name: str, group_size: int | None = None, symmetric: bool | None = None) -> Scheme:
     """The scheme called ``name``, with the pass's own options over its defaults.
 
     Raises:
@@ -59,24 +61,29 @@ def parse_scheme(name: str, group_size: int | None, symmetric: bool | None) -> S
     if match is None:
         raise PipelineError(
             f"quantize: scheme {name!r} is not known",
-            hint="expected W8A8, or W<2…8>A16 with or without _ASYM, such as W4A16",
+            hint="expected W<2…8>A<2…8 or 16> with or without _ASYM, such as W4A16, W8A8 or W4A4",
         )
-    bits, dynamic = int(match["bits"]), match["activation_bits"] == "8"
+    bits = int(match["bits"])
+    activation_bits = None if match["activation_bits"] == "16" else int(match["activation_bits"])
     if match["asymmetric"] and symmetric:
         raise PipelineError(f"quantize: scheme {name!r} is asymmetric, found symmetric=true")
     if symmetric is None:
         symmetric = match["asymmetric"] is None
     if group_size is None:
-        group_size = _GROUP_SIZE_BELOW_5_BITS if bits < 5 and not dynamic else -1
-    if dynamic and (bits != 8 or not symmetric or group_size != -1):
+        group_size = _GROUP_SIZE_BELOW_5_BITS if bits < 5 and activation_bits is None else -1
+    if activation_bits == bits == 8 and (not symmetric or group_size != -1):
         raise PipelineError(
-            f"quantize: {name!r} needs symmetric 8-bit weights and one scale per channel; found bits={bits}, "
+            f"quantize: {name!r} needs symmetric weights and one scale per channel; found "
             f"symmetric={str(symmetric).lower()}, group_size={group_size}",
-            hint="use an A16 scheme for groups, zero points or fewer bits",
+            hint="use an A16 scheme, or fewer bits, for groups or zero points",
         )
+    _check_group_size(group_size)
+    return Scheme(name, bits, activation_bits, symmetric, group_size)
+
+
+def _check_group_size(group_size: int) -> None:
     if group_size != -1 and (group_size < 16 or group_size & (group_size - 1)):
         raise PipelineError(
             f"quantize: group_size must be −1 or a power of two from 16, found {group_size}",
             hint="32, 64 and 128 are usual",
         )
-    return Scheme(bits, dynamic, symmetric, group_size)

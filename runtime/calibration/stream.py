@@ -173,7 +173,7 @@ class _Piece:
         graph = view.clone()
         for value in graph.inputs:
             if value.name in known:
-                array = known[value.name]
+                array = known[str(value.name)]
                 value.dtype = ir.DataType.from_numpy(array.dtype)
                 value.shape = ir.Shape([None] * array.ndim)
         functions = list(self._model.functions.values())

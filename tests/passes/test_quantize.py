@@ -222,7 +222,12 @@ def test_a_weight_that_is_not_finite_is_named(bad):
     [
         ({"scheme": "W9A16"}, "'W9A16' is not known"),
         ({"scheme": "int4"}, "'int4' is not known"),
-        ({"scheme": "W4A8"}, "symmetric 8-bit weights"),
+        ({"scheme": "W4A9"}, "'W4A9' is not known"),
+        ({"scheme": "W4A4", "activations": "tensor"}, "per token"),
+        ({"scheme": "W4A4", "activation_clip": 1.5}, "activation_clip"),
+        ({"scheme": "W4A16", "damp": -1.0}, "negative"),
+        ({"config_groups": {"g": {"scheme": "W8A16"}}}, "targets"),
+        ({"config_groups": {"g": {"scheme": "W8A16", "targets": "a", "bits": 3}}}, "no option 'bits'"),
         ({"scheme": "W8A8", "group_size": 32}, "group_size=32"),
         ({"scheme": "W4A16", "group_size": 100}, "power of two"),
         ({"scheme": "W4A16_ASYM", "symmetric": True}, "is asymmetric"),

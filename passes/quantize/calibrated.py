@@ -1,0 +1,205 @@
+"""Quantising layers one group after the other along the residual stream, with statistics of their inputs.
+
+A group is the linears that read one value (q, k and v; gate and up): they share its covariance. The model is
+run up to that value with everything before it already quantised (true-sequential), the group's weights are
+rewritten, and the run goes on through them. Only one group's statistics exist at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ...ir import clone
+from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap
+from ...runtime.calibration.ranges import Method, asymmetric_grid
+from ..infrastructure.base import PassContext
+from .activations import Activations
+from .algorithms import Algorithm, LayerStatistics
+from .grid import Floats, QuantizedWeight
+from .layer_plan import LayerPlan
+from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
+from .low_rank import low_rank_residual
+from .weights import relative_error
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerErrors:
+    """What quantising a layer did to it.
+
+    Attributes:
+        weight: ‖W − Ŵ‖ / ‖W‖.
+        output: ‖X(W − Ŵ)‖ / ‖XW‖ on the calibration data; None without.
+    """
+
+    weight: float
+    output: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibratedQuantizer:
+    """Quantises layers by an algorithm that may look at their inputs.
+
+    Attributes:
+        model: rewritten in place.
+        ctx: supplies calibration data, remarks and progress.
+        algorithm: chooses the integers.
+        compensate_rank: of the low-rank residual beside each layer; 0 for none.
+        calibrator: how static ranges are chosen.
+        percentile: of the ``percentile`` calibrator.
+    """
+
+    model: ir.Model
+    ctx: PassContext
+    algorithm: Algorithm
+    compensate_rank: int = 0
+    calibrator: Method = "min-max"
+    percentile: float = 99.99
+
+    def needs_data(self, plans: Iterable[LayerPlan]) -> bool:
+        """Whether these layers cannot be quantised without calibration data."""
+        return (
+            self.algorithm.needs_statistics
+            or self.compensate_rank > 0
+            or any(
+                plan.activations is not None and plan.activations.granularity == "static" for plan in plans
+            )
+        )
+
+    def run(self, plans: Sequence[LayerPlan]) -> dict[str, LayerErrors]:
+        """Quantise the layers, in the order of the graph; gives each layer's errors by name."""
+        groups = _groups(plans)
+        if not self.needs_data(plans):
+            errors: dict[str, LayerErrors] = {}
+            for group in self.ctx.progress(groups, "quantize linears"):
+                errors |= self._quantize(group, None)
+            return errors
+        stream = self.ctx.activation_stream(self.model)
+        dense = None
+        if self.algorithm.needs_prefix_error:
+            dense = self.ctx.activation_stream(clone(self.model), releases_weights=True)
+        errors = {}
+        for group in self.ctx.progress(groups, "calibrate and quantize linears"):
+            group, statistics = self._observe(group, stream, dense)
+            errors |= self._quantize(group, statistics)
+        return errors
+
+    def _observe(
+        self, group: list[LayerPlan], stream: ActivationStream, dense: ActivationStream | None
+    ) -> tuple[list[LayerPlan], LayerStatistics | None]:
+        """Statistics of what the group will read, and its plans with their static grids."""
+        first = group[0]
+        x = str(current_input(first.linear).name)
+        activations = first.activations
+        features = first.linear.in_features
+        wants_statistics = self.algorithm.needs_statistics or self.compensate_rank > 0
+        covariance = Covariance(features) if wants_statistics else None
+        prefix_error = Covariance(features) if dense is not None else None
+        is_static = activations is not None and activations.granularity == "static"
+        ranges = RangeCollector(self.calibrator, percentile=self.percentile, name=x) if is_static else None
+        for tap, dense_tap in _together(stream, dense, x):
+            rows = tap.rows(x)
+            if ranges is not None:
+                ranges.update(rows)
+            quantized = rows if activations is None else activations.apply(rows)
+            if covariance is not None:
+                covariance.update(quantized)
+            if prefix_error is not None and dense_tap is not None:
+                prefix_error.update(dense_tap.rows(x) - quantized, quantized)
+        if ranges is not None and activations is not None:
+            lowest, highest = ranges.range()
+            scale, zero_point = asymmetric_grid(lowest, highest, activations.bits)
+            static = dataclasses.replace(activations, scale=scale, zero_point=zero_point)
+            group = [dataclasses.replace(plan, activations=static) for plan in group]
+        if covariance is None:
+            return group, None
+        return group, LayerStatistics(
+            covariance.mean, None if prefix_error is None else prefix_error.mean, covariance.tokens
+        )
+
+    def _quantize(
+        self, group: Sequence[LayerPlan], statistics: LayerStatistics | None
+    ) -> dict[str, LayerErrors]:
+        """Choose the integers of layers that share their input, and replace them."""
+        errors = {}
+        for alike in _with_equal_grids(group):
+            weights = [read_linear_weight(plan.linear) for plan in alike]
+            names = ", ".join(plan.linear.name for plan in alike)
+            together = self.algorithm(
+                weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1),
+                alike[0].grid,
+                statistics,
+                self._remark(names),
+            )
+            start = 0
+            for plan, weight in zip(alike, weights, strict=True):
+                stop = start + weight.shape[1]
+                errors[plan.linear.name] = self._replace(
+                    plan, weight, together.columns(start, stop), statistics
+                )
+                start = stop
+        return errors
+
+    def _replace(
+        self,
+        plan: LayerPlan,
+        weight: Floats,
+        quantized: QuantizedWeight,
+        statistics: LayerStatistics | None,
+    ) -> LayerErrors:
+        dequantized = quantized.dequantized()
+        low_rank: LowRank | None = None
+        if statistics is not None and self.compensate_rank:
+            low_rank = low_rank_residual(weight, dequantized, statistics.covariance, self.compensate_rank)
+            dequantized = dequantized + low_rank[0] @ low_rank[1]
+        errors = LayerErrors(
+            relative_error(weight, dequantized),
+            None if statistics is None else output_error(weight, dequantized, statistics.covariance),
+        )
+        replace_linear(self.model, plan, quantized, errors.weight, low_rank)
+        return errors
+
+    def _remark(self, names: str) -> Callable[[str], None]:
+        return lambda reason: self.ctx.remark(names, reason)
+
+
+def output_error(weight: Floats, dequantized: Floats, covariance: Doubles) -> float:
+    """‖X(W − Ŵ)‖ / ‖XW‖ for inputs of this covariance; 0 where the output is zero."""
+    root = np.sqrt(max(_energy(weight, covariance), 0))
+    difference = np.sqrt(max(_energy(weight - dequantized, covariance), 0))
+    return float(difference / root) if root else 0.0
+
+
+def _energy(matrix: Floats, covariance: Doubles) -> float:
+    return float(np.einsum("kn,kn->", covariance.astype(np.float32) @ matrix, matrix))
+
+
+def _groups(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
+    """Layers that read the same value in the same way, in the order in which they are first read."""
+    groups: dict[tuple[ir.Value, Activations | None], list[LayerPlan]] = {}
+    for plan in plans:
+        groups.setdefault((plan.linear.input, plan.activations), []).append(plan)
+    return list(groups.values())
+
+
+def _with_equal_grids(group: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    alike: dict[object, list[LayerPlan]] = {}
+    for plan in group:
+        alike.setdefault(plan.grid, []).append(plan)
+    yield from alike.values()
+
+
+def _together(
+    stream: ActivationStream, dense: ActivationStream | None, x: str
+) -> Iterator[tuple[Tap, Tap | None]]:
+    """The same samples in the quantised and in the dense model."""
+    if dense is None:
+        yield from ((tap, None) for tap in stream.advance([x]))
+    else:
+        yield from zip(stream.advance([x]), dense.advance([x]), strict=True)
