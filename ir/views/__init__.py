@@ -7,6 +7,7 @@ left out.
 
 from .attention import AttentionBlock, attentions
 from .blocks import Block, blocks
+from .convolutions import Convolution, convolutions
 from .linears import Linear, linears
 from .norms import Norm, norms
 from .shared_inputs import SharedInput, shared_inputs
@@ -14,11 +15,13 @@ from .shared_inputs import SharedInput, shared_inputs
 __all__ = [
     "AttentionBlock",
     "Block",
+    "Convolution",
     "Linear",
     "Norm",
     "SharedInput",
     "attentions",
     "blocks",
+    "convolutions",
     "linears",
     "norms",
     "shared_inputs",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import onnx_ir as ir
 
-from .values import input_at, integer, is_constant, number, only_reader, parameter_owner, static_shape
+from ..ops import DOMAIN, LINEAR_OPS, operand
+from .values import input_at, integer, is_constant, number, only_reader, static_shape
 
-QUANTIZED_OPS = ("QuantizedLinear", "DynamicQuantizedLinear")
-"""Ops of the ``planish`` domain with an integer weight: inputs X, W, scale, zero point, bias."""
+_STORED_WEIGHT = re.compile(r"\.weight(_quantized(_\d+)?)?$")
+"""How the names of weights end, before and after quantisation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Linear:
     """``output[..., out] = input[..., in] · weight (+ bias[out])``.
 
     Attributes:
-        name: the module's path: the weight's name without ``.weight``. Layers that share a weight share it.
+        name: the module's path: the weight's name without ``.weight`` or ``.weight_quantized``. Layers that
+            share a weight share it.
         node: the MatMul, Gemm or planish op.
         input: the activations.
         weight: [in, out], or [out, in] where ``transposed``; a constant.
@@ -42,8 +45,13 @@ class Linear:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weight is stored as integers with scales."""
-        return self.node.op_type in QUANTIZED_OPS
+        """Whether the weight is stored in few bits, with scales."""
+        return self.node.domain == DOMAIN
+
+    @property
+    def bits(self) -> int | None:
+        """Of a quantised weight: how many bits an element has, containers apart; None for float weights."""
+        return integer(self.node, "bits") if self.is_quantized else None
 
 
 def linears(model: ir.Model) -> list[Linear]:
@@ -58,9 +66,14 @@ def as_linear(node: ir.Node) -> Linear | None:
         return _from_matmul(node)
     if node.domain == "" and node.op_type == "Gemm":
         return _from_gemm(node)
-    if node.domain == "planish" and node.op_type in QUANTIZED_OPS:
-        return _linear(node, bias=input_at(node, 4))
+    if node.domain == DOMAIN and node.op_type in LINEAR_OPS:
+        return _linear(node, bias=operand(node, "bias"))
     return None
+
+
+def stored_weight_owner(weight: ir.Value) -> str:
+    """``blocks.0.fc.weight`` and ``blocks.0.fc.weight_quantized`` → ``blocks.0.fc``."""
+    return _STORED_WEIGHT.sub("", weight.name or "")
 
 
 def _from_matmul(node: ir.Node) -> Linear | None:
@@ -92,7 +105,7 @@ def _linear(node: ir.Node, *, bias: ir.Value | None, transposed: bool = False) -
     if value is None or weight is None or shape is None or len(shape) != 2 or not is_constant(weight):
         return None
     return Linear(
-        name=parameter_owner(weight) or node.name or "",
+        name=stored_weight_owner(weight) or node.name or "",
         node=node,
         input=value,
         weight=weight,
