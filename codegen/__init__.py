@@ -6,13 +6,14 @@ import dataclasses
 from typing import Any
 
 from ..ir.errors import TargetError
+from .linear_format import LinearFormat
 from .onnxruntime_cpu import OnnxruntimeCpu
 from .portable import Portable
 from .target import Binding, BoundModel, Target
 
 TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu)}
 
-__all__ = ["TARGETS", "Binding", "BoundModel", "Target", "get_target"]
+__all__ = ["TARGETS", "Binding", "BoundModel", "LinearFormat", "Target", "get_target"]
 
 
 def get_target(name: str, **options: Any) -> Target:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from .linear_format import FORMATS, LinearFormat
+
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
@@ -49,6 +51,17 @@ class Target(abc.ABC):
 
         ``model`` is not changed.
         """
+
+    def unsupported_reason(self, linear: LinearFormat) -> str | None:
+        """Why this target cannot run linears of a scheme, known before any work is done; None if it can.
+
+        A target that runs standard ops runs whatever the ``planish`` ops can say, through their bodies.
+        """
+        return linear.unsupported_reason()
+
+    def formats(self) -> tuple[str, ...]:
+        """The schemes that this target runs, a line each, for the message that refuses another one."""
+        return FORMATS
 
     def adds_products_in_16_bits(self) -> bool:
         """Whether the int8 kernel may add pairs of products in 16 bits, where large weights saturate.

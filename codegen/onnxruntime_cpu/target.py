@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ...ir import clone, ops
 from ...ir.errors import TargetError
+from ..linear_format import LinearFormat
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
@@ -62,6 +63,12 @@ class OnnxruntimeCpu(Target):
         return BoundModel(
             model=bound, bindings=tuple(binder.bindings), session_options=binder.session_options
         )
+
+    def unsupported_reason(self, linear: LinearFormat) -> str | None:
+        """Also refuses bfloat16, which onnxruntime's CPU provider has no matrix product for."""
+        if linear.dtype == ir.DataType.BFLOAT16:
+            return "onnxruntime's CPU kernels do not run bfloat16: convert the model to float32 first"
+        return linear.unsupported_reason()
 
     def adds_products_in_16_bits(self) -> bool:
         """Whether the kernel of signed int8 weights saturates on this machine, as measured."""
