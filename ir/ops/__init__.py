@@ -7,6 +7,7 @@ inlined; targets bind the same nodes to faster kernels.
 from .containers import container, integer_tensor, integer_values
 from .definition import DOMAIN, VERSION, OpDefinition, define, inline
 from .dynamic_quantized_linear import dynamic_quantized_linear
+from .hadamard_transform import factor_values, hadamard_transform
 from .quantized_conv import quantized_conv
 from .quantized_gather import quantized_gather
 from .quantized_linear import Outliers, SecondLevel, outlier_gaps, quantized_linear
@@ -26,6 +27,8 @@ __all__ = [
     "definition_of",
     "drop_unused_initializer",
     "dynamic_quantized_linear",
+    "factor_values",
+    "hadamard_transform",
     "inline",
     "integer_tensor",
     "integer_values",
