@@ -1,0 +1,130 @@
+"""Convolutions, pooling and resizing of [N, C, …] features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ...ir.errors import TargetError
+from .registry import Integers, Lowering, as_integers, standard
+
+Tensor = torch.Tensor
+_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_MAX_POOLS: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Convolution of [N, C, spatial…] with [out, C / group, kernel…]."""
+    del kernel_shape  # the weight has it
+    rank = weight.ndim - 2
+    stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
+    spread = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
+    x = F.pad(x, _padding(x.shape[2:], spread, stride, pads, auto_pad))
+    return _CONVOLUTIONS[rank - 1](x, weight, bias, stride=stride, dilation=dilation, groups=group)
+
+
+def max_pool(
+    x: Tensor,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    storage_order: int = 0,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """The maximum in each window."""
+    del storage_order  # of the second output, which is not lowered
+    rank = len(kernel_shape)
+    stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
+    spread = [(size - 1) * step + 1 for size, step in zip(kernel_shape, dilation, strict=True)]
+    amounts = _padding(x.shape[2:], spread, stride, pads, auto_pad)
+    x = F.pad(x, amounts, value=-math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min)
+    pool = _MAX_POOLS[rank - 1]
+    return pool(x, list(kernel_shape), stride, dilation=dilation, ceil_mode=bool(ceil_mode))
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """The mean over the spatial dimensions, which stay with size 1."""
+    return x.mean(dim=list(range(2, x.ndim)), keepdim=True)
+
+
+def _padding(
+    sizes: Sequence[int], spread: Sequence[int], strides: Sequence[int], pads: Sequence[int] | None, mode: str
+) -> list[int]:
+    """The padding as `torch.nn.functional.pad` takes it: last dimension first."""
+    rank = len(sizes)
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        pairs = []
+        for size, window, stride in zip(sizes, spread, strides, strict=True):
+            total = max((-(-size // stride) - 1) * stride + window - size, 0)
+            smaller, larger = total // 2, total - total // 2
+            pairs.append((smaller, larger) if mode == "SAME_UPPER" else (larger, smaller))
+    elif mode == "VALID" or pads is None:
+        pairs = [(0, 0)] * rank
+    else:
+        pairs = list(zip(pads[:rank], pads[rank:], strict=True))
+    return [amount for pair in reversed(pairs) for amount in pair]
+
+
+def resize(
+    x: Tensor,
+    region: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Integers | None = None,
+    *,
+    mode: str = "nearest",
+    coordinate_transformation_mode: str = "half_pixel",
+    nearest_mode: str = "round_prefer_floor",
+    antialias: int = 0,
+    cubic_coeff_a: float = -0.75,
+    extrapolation_value: float = 0.0,
+    keep_aspect_ratio_policy: str = "stretch",
+) -> Tensor:
+    """Resize images [N, C, …] as torch itself does: nearest (asymmetric, floor) or linear.
+
+    Raises:
+        TargetError: another way of interpolating, or batch and channels are resized too.
+    """
+    del region, cubic_coeff_a, extrapolation_value  # of modes that are refused
+    if sizes is not None:
+        wanted = as_integers(sizes)
+    elif scales is not None:
+        wanted = [math.floor(size * factor) for size, factor in zip(x.shape, scales.tolist(), strict=True)]
+    else:
+        raise TargetError("torch-fx: Resize needs sizes or scales")
+    if list(x.shape[:2]) != wanted[:2] or keep_aspect_ratio_policy != "stretch":
+        raise TargetError("torch-fx: Resize of batch or channels, or with the aspect kept, is not lowered")
+    transform = coordinate_transformation_mode
+    if mode == "nearest" and transform == "asymmetric" and nearest_mode == "floor":
+        return F.interpolate(x, wanted[2:], mode="nearest")
+    linear = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(x.ndim - 2)
+    known = ("half_pixel", "pytorch_half_pixel", "align_corners")
+    if mode == "linear" and transform in known and linear is not None and not antialias:
+        return F.interpolate(x, wanted[2:], mode=linear, align_corners=transform == "align_corners")
+    raise TargetError(f"torch-fx: Resize with mode {mode!r} and {transform!r} is not lowered")
+
+
+OPS = standard(
+    {
+        "Conv": conv,
+        "GlobalAveragePool": global_average_pool,
+        "MaxPool": max_pool,
+        "Resize": Lowering(resize, integers=(3,)),
+    }
+)

@@ -1,0 +1,306 @@
+"""From the IR to a `torch.fx.GraphModule`: one fx node for each IR node, with autograd."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass
+from torch import fx
+
+from ...ir import clone
+from ...ir.errors import InputError, TargetError
+from . import attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape
+from .module_names import ModuleNames
+from .registry import Lowering, OpKey, Registry
+from .tensors import torch_dtype, torch_tensor
+
+OPS: dict[OpKey, Lowering] = {
+    key: entry
+    for group in (attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape)
+    for key, entry in group.OPS.items()
+}
+"""How each op is lowered. A target with kernels of its own passes further entries to `lower`."""
+
+NODE_KEY = "planish.node"
+"""``fx.Node.meta``: the name of the IR node that an fx node computes."""
+VALUE_KEY = "planish.value"
+"""``fx.Node.meta``: the name of the IR value that an fx node holds."""
+INPUTS_KEY = "planish.inputs"
+"""``GraphModule.meta``: graph-input name to the name of the argument of ``forward``."""
+
+_TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"})
+_LONGEST_LIST = 64
+"""Constants of shape operands up to this size are written into the graph as numbers."""
+
+
+def lower(
+    model: ir.Model,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trainable: Collection[str] = (),
+    ops: Registry | None = None,
+) -> fx.GraphModule:
+    """Lower ``model`` to a torch.fx module that computes the same, differentiably.
+
+    ``forward`` takes the graph's inputs as keyword arguments and returns a dict of the graph's outputs by
+    name. A name that is no Python identifier is changed (``past_key_values.0.key`` becomes
+    ``past_key_values_0_key``); `run` takes the graph's own names. Initializers become buffers under their own
+    names, so that ``state_dict()`` is keyed by them. Functions of the model (the ``planish`` domain) are
+    replaced by their bodies, unless ``ops`` has an entry for them.
+
+    Args:
+        model: the graph, at opset 23; not changed.
+        dtype: compute in this floating-point type: weights, constants, inputs and casts to 16-, 32- and
+            64-bit floats take it. By default every tensor keeps its own type.
+        device: where weights and tensors made from numbers live.
+        trainable: names of initializers that become parameters with memory of their own. All others are
+            buffers that share the memory of the IR, unless ``dtype`` or ``device`` makes them copies: do not
+            write to them.
+        ops: entries that extend `OPS`, or take the place of its entries.
+
+    Raises:
+        TargetError: an op, attribute or element type that is not lowered; names the node.
+        InputError: ``trainable`` names no floating-point initializer of the graph.
+    """
+    registry = {**OPS, **(ops or {})}
+    lowered = _inline(model, registry)
+    builder = _Builder(lowered.graph, registry, dtype, torch.device(device), frozenset(trainable))
+    return builder.build()
+
+
+def run(module: fx.GraphModule, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Call a lowered module with feeds (arrays or tensors) by graph-input name.
+
+    Raises:
+        InputError: an input is missing or unknown.
+    """
+    names: Mapping[str, str] = module.meta[INPUTS_KEY]
+    if feeds.keys() != names.keys():
+        different = sorted(feeds.keys() ^ names.keys())[0]
+        problem = "is missing" if different in names else "is unknown"
+        raise InputError(f"torch-fx: input {different!r} {problem}; the graph's inputs are {list(names)}")
+    result: dict[str, Any] = module(**{names[name]: torch.as_tensor(value) for name, value in feeds.items()})
+    return result
+
+
+def _inline(model: ir.Model, registry: Registry) -> ir.Model:
+    """The model without calls of functions that the registry does not know; a copy if there are any."""
+    if all(key[:2] in registry for key in model.functions):
+        return model
+    copy = clone(model)
+    InlinePass(criteria=lambda function: (function.domain, function.name) not in registry)(copy)
+    return copy
+
+
+class _Builder:
+    """Walks one graph and builds the fx graph node by node."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        registry: Registry,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        trainable: frozenset[str],
+    ) -> None:
+        self._source = graph
+        self._registry = registry
+        self._dtype = dtype
+        self._device = device
+        self._trainable = trainable
+        self._graph = fx.Graph()
+        self._values: dict[ir.Value, fx.Node] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._names = ModuleNames()
+        self._arguments: set[str] = set()
+
+    def build(self) -> fx.GraphModule:
+        self._check_trainable()
+        inputs = {value.name or "": self._placeholder(value) for value in self._inputs()}
+        for node in self._source:
+            self._lower_node(node)
+        self._graph.output({value.name or "": self._value(value) for value in self._source.outputs})
+        module = fx.GraphModule(self._tensors, self._graph, class_name="LoweredModel")
+        module.meta[INPUTS_KEY] = inputs
+        return module
+
+    def _inputs(self) -> list[ir.Value]:
+        """The inputs that callers must give: an input with a default keeps the default."""
+        return [value for value in self._source.inputs if value.const_value is None]
+
+    def _check_trainable(self) -> None:
+        for name in sorted(self._trainable):
+            value = self._source.initializers.get(name)
+            if value is None or value.dtype is None or not value.dtype.is_floating_point():
+                raise InputError(
+                    f"torch-fx: trainable: {name!r} is no floating-point initializer of the graph"
+                )
+
+    def _placeholder(self, value: ir.Value) -> str:
+        argument = re.sub(r"\W", "_", value.name or "input", flags=re.ASCII)
+        while not argument.isidentifier() or keyword.iskeyword(argument) or argument in self._arguments:
+            argument = f"_{argument}"
+        self._arguments.add(argument)
+        node = self._graph.placeholder(argument)
+        node.meta[VALUE_KEY] = value.name
+        if self._dtype is not None and value.dtype is not None and value.dtype.is_floating_point():
+            node = self._graph.call_method("to", (node, self._dtype))
+        self._values[value] = node
+        return argument
+
+    def _lower_node(self, node: ir.Node) -> None:
+        if node.domain == "" and node.op_type == "Constant":
+            return  # made where it is read
+        if node.domain == "" and node.op_type in ("Identity", "Dropout"):
+            self._values[node.outputs[0]] = self._operand(node, 0)
+            return
+        entry = self._registry.get((node.domain, node.op_type))
+        if entry is None:
+            raise TargetError(
+                f"torch-fx: node {node.name!r} is {_op_name((node.domain, node.op_type))}, "
+                "which is not lowered",
+                hint="lowered are " + ", ".join(sorted(_op_name(key) for key in self._registry)),
+            )
+        arguments = [self._argument(node, index, entry) for index in range(len(node.inputs))]
+        while arguments and arguments[-1] is None:
+            arguments.pop()
+        attributes = self._attributes(node)
+        if entry.creates and self._device.type != "cpu":
+            attributes["device"] = str(self._device)
+        _check_call(node, entry.function, arguments, attributes)
+        call = self._graph.create_node(
+            "call_function", entry.function, tuple(arguments), attributes, name=node.name or node.op_type
+        )
+        call.meta[NODE_KEY] = node.name
+        self._bind_outputs(node, call, several=entry.several)
+
+    def _bind_outputs(self, node: ir.Node, call: fx.Node, *, several: bool) -> None:
+        for index, value in enumerate(node.outputs):
+            if not value.uses() and not value.is_graph_output():
+                continue
+            if several:
+                item = self._graph.create_node(
+                    "call_function", operator.getitem, (call, index), name=value.name
+                )
+                item.meta[NODE_KEY] = node.name
+            elif index == 0:
+                item = call
+            else:
+                raise TargetError(
+                    f"torch-fx: node {node.name!r} ({node.op_type}): output {index} ({value.name!r}) is "
+                    "used, and only the first one is lowered"
+                )
+            item.meta[VALUE_KEY] = value.name
+            self._values[value] = item
+
+    def _argument(self, node: ir.Node, index: int, entry: Lowering) -> Any:
+        value = node.inputs[index]
+        if value is None:
+            return None
+        if index in entry.integers:
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and tensor.dtype.is_integer() and tensor.size <= _LONGEST_LIST:
+                return tensor.numpy().tolist()
+        return self._value(value)
+
+    def _operand(self, node: ir.Node, index: int) -> fx.Node:
+        value = node.inputs[index]
+        if value is None:
+            raise TargetError(f"torch-fx: node {node.name!r} ({node.op_type}) has no input {index}")
+        return self._value(value)
+
+    def _value(self, value: ir.Value) -> fx.Node:
+        """The fx node that holds a value; fetches initializers and constants when they are first read."""
+        if value not in self._values:
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is None:
+                raise TargetError(f"torch-fx: {value.name!r} is read before it is computed")
+            self._values[value] = self._constant(value, tensor)
+        return self._values[value]
+
+    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> fx.Node:
+        result = torch_tensor(tensor, self._dtype)
+        name = value.name or "constant"
+        if result is None:
+            raise TargetError(
+                f"torch-fx: initializer {name!r} is {tensor.dtype.name}, which torch does not have"
+            )
+        result = result.to(self._device)
+        if name in self._trainable:
+            result = torch.nn.Parameter(result.clone())
+        target = self._names.add(name)
+        self._tensors[target] = result
+        node = self._graph.create_node("get_attr", target, name=name)
+        node.meta[VALUE_KEY] = name
+        return node
+
+    def _attributes(self, node: ir.Node) -> dict[str, Any]:
+        attributes: dict[str, Any] = {}
+        for name, attribute in node.attributes.items():
+            if name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT:
+                if attribute.as_int():
+                    attributes[name] = self._type(node, ir.DataType(attribute.as_int()))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().size == 1:
+                tensor = attribute.as_tensor()
+                attributes[name] = tensor.numpy().reshape(-1)[0].item()
+                attributes["dtype"] = self._type(node, tensor.dtype)
+            elif attribute.type in _PLAIN_TYPES:
+                plain = attribute.value
+                attributes[name] = (
+                    list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str) else plain
+                )
+            else:
+                raise TargetError(
+                    f"torch-fx: node {node.name!r} ({node.op_type}): attribute {name!r} of type "
+                    f"{attribute.type.name} is not lowered"
+                )
+        return attributes
+
+    def _type(self, node: ir.Node, dtype: ir.DataType) -> torch.dtype:
+        found = torch_dtype(dtype, self._dtype)
+        if found is None or dtype.bitwidth < 8:
+            raise TargetError(f"torch-fx: node {node.name!r} ({node.op_type}): torch has no {dtype.name}")
+        return found
+
+
+_PLAIN_TYPES = frozenset(
+    {
+        ir.AttributeType.INT,
+        ir.AttributeType.INTS,
+        ir.AttributeType.FLOAT,
+        ir.AttributeType.FLOATS,
+        ir.AttributeType.STRING,
+        ir.AttributeType.STRINGS,
+    }
+)
+
+
+def _op_name(key: OpKey) -> str:
+    domain, op_type = key
+    return f"{domain}::{op_type}" if domain else op_type
+
+
+def _check_call(
+    node: ir.Node, function: Callable[..., Any], arguments: Sequence[Any], attributes: Mapping[str, Any]
+) -> None:
+    """Refuse a node whose inputs or attributes the function does not take."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # built into torch: tensors only
+        problem = f"takes no attribute {next(iter(attributes))!r}" if attributes else ""
+    else:
+        try:
+            signature.bind(*arguments, **attributes)
+            problem = ""
+        except TypeError as error:
+            problem = str(error)
+    if problem:
+        raise TargetError(f"torch-fx: node {node.name!r} ({node.op_type}): {problem}")

@@ -1,0 +1,151 @@
+"""Reductions, running sums and softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .registry import Integers, Lowering, as_integers, standard
+
+Tensor = torch.Tensor
+
+
+def _dims(x: Tensor, axes: Integers | None, noop_with_empty_axes: int) -> list[int]:
+    dims = [] if axes is None else as_integers(axes)
+    if not dims and not noop_with_empty_axes:
+        return list(range(x.ndim))
+    return [dim % x.ndim for dim in dims]
+
+
+def reduce_sum(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The sum over ``axes``, all by default."""
+    dims = _dims(x, axes, noop_with_empty_axes)
+    return x.sum(dims, keepdim=bool(keepdims), dtype=x.dtype) if dims else x
+
+
+def reduce_mean(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The mean over ``axes``, all by default."""
+    dims = _dims(x, axes, noop_with_empty_axes)
+    return x.mean(dims, keepdim=bool(keepdims)) if dims else x
+
+
+def reduce_max(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The maximum over ``axes``, all by default."""
+    dims = _dims(x, axes, noop_with_empty_axes)
+    return x.amax(dims, keepdim=bool(keepdims)) if dims else x
+
+
+def reduce_min(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The minimum over ``axes``, all by default."""
+    dims = _dims(x, axes, noop_with_empty_axes)
+    return x.amin(dims, keepdim=bool(keepdims)) if dims else x
+
+
+def reduce_prod(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The product over ``axes``, all by default."""
+    for dim in sorted(_dims(x, axes, noop_with_empty_axes), reverse=True):
+        x = x.prod(dim, keepdim=bool(keepdims))
+    return x
+
+
+def reduce_l1(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The sum of the absolute values over ``axes``."""
+    return reduce_sum(x.abs(), axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes)
+
+
+def reduce_l2(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The Euclidean norm over ``axes``."""
+    return reduce_sum_square(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes).sqrt()
+
+
+def reduce_sum_square(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The sum of squares over ``axes``."""
+    return reduce_sum(x * x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes)
+
+
+def reduce_log_sum(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The logarithm of the sum over ``axes``."""
+    return reduce_sum(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes).log()
+
+
+def reduce_log_sum_exp(
+    x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    """The logarithm of the sum of exponentials over ``axes``."""
+    dims = _dims(x, axes, noop_with_empty_axes)
+    return torch.logsumexp(x, dims, keepdim=bool(keepdims)) if dims else x
+
+
+def arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    """Where the maximum is along ``axis``: the first or the last of equals."""
+    return _arg(torch.argmax, x, axis, bool(keepdims), bool(select_last_index))
+
+
+def arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    """Where the minimum is along ``axis``: the first or the last of equals."""
+    return _arg(torch.argmin, x, axis, bool(keepdims), bool(select_last_index))
+
+
+def _arg(find: Callable[..., Tensor], x: Tensor, axis: int, keepdims: bool, last: bool) -> Tensor:
+    if last:
+        return x.shape[axis] - 1 - find(x.flip(axis), dim=axis, keepdim=keepdims)
+    return find(x, dim=axis, keepdim=keepdims)
+
+
+def cumulative_sum(x: Tensor, axis: Integers, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """The running sum along ``axis``; ``exclusive`` leaves out the element itself."""
+    (dim,) = as_integers(axis)
+    x = x.flip(dim) if reverse else x
+    total = x.cumsum(dim, dtype=x.dtype)
+    total = total - x if exclusive else total
+    return total.flip(dim) if reverse else total
+
+
+def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """``exp(x) / Σ exp(x)`` along ``axis``."""
+    return torch.softmax(x, axis)
+
+
+def log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """The logarithm of `softmax`."""
+    return torch.log_softmax(x, axis)
+
+
+OPS = standard(
+    {
+        "ArgMax": arg_max,
+        "ArgMin": arg_min,
+        "CumSum": Lowering(cumulative_sum, integers=(1,)),
+        "LogSoftmax": log_softmax,
+        "ReduceL1": Lowering(reduce_l1, integers=(1,)),
+        "ReduceL2": Lowering(reduce_l2, integers=(1,)),
+        "ReduceLogSum": Lowering(reduce_log_sum, integers=(1,)),
+        "ReduceLogSumExp": Lowering(reduce_log_sum_exp, integers=(1,)),
+        "ReduceMax": Lowering(reduce_max, integers=(1,)),
+        "ReduceMean": Lowering(reduce_mean, integers=(1,)),
+        "ReduceMin": Lowering(reduce_min, integers=(1,)),
+        "ReduceProd": Lowering(reduce_prod, integers=(1,)),
+        "ReduceSum": Lowering(reduce_sum, integers=(1,)),
+        "ReduceSumSquare": Lowering(reduce_sum_square, integers=(1,)),
+        "Softmax": softmax,
+    }
+)

@@ -1,0 +1,47 @@
+"""Sequences of tensors: Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .registry import Integers, Lowering, as_integers, standard
+
+Tensor = torch.Tensor
+
+
+def split_to_sequence(
+    x: Tensor, sizes: Integers | None = None, *, axis: int = 0, keepdims: int = 1
+) -> list[Tensor]:
+    """Cut along ``axis`` into parts of ``sizes``: one size for all, a list of sizes, or slices by default."""
+    if sizes is None:
+        return list(x.split(1, dim=axis) if keepdims else x.unbind(axis))
+    single = isinstance(sizes, int) or (isinstance(sizes, torch.Tensor) and sizes.ndim == 0)
+    parts = as_integers(sizes)
+    return list(x.split(parts[0] if single else parts, dim=axis))
+
+
+def sequence_at(sequence: Sequence[Tensor], position: Integers) -> Tensor:
+    """One tensor of a sequence."""
+    return sequence[as_integers(position)[0]]
+
+
+def sequence_construct(*operands: Tensor) -> list[Tensor]:
+    """A sequence of the operands."""
+    return list(operands)
+
+
+def concat_from_sequence(sequence: Sequence[Tensor], *, axis: int, new_axis: int = 0) -> Tensor:
+    """Join the tensors of a sequence along an axis, a new one if asked."""
+    return torch.stack(list(sequence), dim=axis) if new_axis else torch.cat(list(sequence), dim=axis)
+
+
+OPS = standard(
+    {
+        "ConcatFromSequence": concat_from_sequence,
+        "SequenceAt": Lowering(sequence_at, integers=(1,)),
+        "SequenceConstruct": sequence_construct,
+        "SplitToSequence": Lowering(split_to_sequence, integers=(1,)),
+    }
+)
