@@ -63,6 +63,15 @@ class Target(abc.ABC):
         """The schemes that this target runs, a line each, for the message that refuses another one."""
         return FORMATS
 
+    def seconds(self, node: ir.Node) -> float | None:
+        """What ``node`` takes with the kernel that it would be bound to, in seconds, as measured.
+
+        Known are linears, quantised (``planish`` ops) or not (MatMul and Gemm with a constant matrix), and
+        ``HadamardTransform``. The node need not belong to the model that will be bound; only its shapes,
+        types and attributes count. None for other ops, and from targets that stand for no machine.
+        """
+        return None
+
     def adds_products_in_16_bits(self) -> bool:
         """Whether the int8 kernel may add pairs of products in 16 bits, where large weights saturate.
 

@@ -63,10 +63,11 @@ class Kernel(Generic[OpT]):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Generic[OpT]):
-    """The kernel to bind and the measurement that speaks for it."""
+    """The kernel to bind, the measurement that speaks for it, and its geometric mean time over the rows."""
 
     kernel: Kernel[OpT]
     reason: str
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Chooser:
             key=lambda name: (results[name].error > exact, results[name].seconds),
         )
         where = f"at {', '.join(str(rows) for rows in self.rows)} rows"
-        return Choice(applicable[best], _reason(best, baseline, where, results, allowed))
+        reason = _reason(best, baseline, where, results, allowed)
+        return Choice(applicable[best], reason, results[best].seconds)
 
     def results(
         self, op: OpT, kernels: Mapping[str, Kernel[OpT]], body: Kernel[OpT]
