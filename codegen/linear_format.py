@@ -11,7 +11,7 @@ FLOAT_ACTIVATIONS = 16
 """``activation_bits`` of schemes that leave activations in the model's float type, whatever its width."""
 
 FORMATS = (
-    "W2A16 to W8A16: integers per channel or in groups, with or without zero points, bilevel scales, outliers",
+    "W2A16 to W8A16: integers per channel or in groups, with or without zero points; bilevel; outliers",
     "W2A2 to W8A8 with activations per token: integers per channel or in groups",
     "W5A8 to W8A8 with one dynamic grid per tensor, W2A8 to W8A8 with a static one: integers per channel",
     "NF4, FP4, NVFP4, MXFP4 and other code books of 2 to 8 bits, with float activations",

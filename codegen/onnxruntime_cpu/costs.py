@@ -15,10 +15,11 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.views.linears import Linear, as_linear
 from ..microbenchmark import Feeds
+from .float_weights import FLOAT_KERNEL
 from .graph_builder import GraphBuilder
 from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS, HadamardSpec, hadamard_op, made_up_hadamard
 from .kernel import Chooser, Kernel
-from .linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
+from .linear_kernels import LINEAR_BODY, LINEAR_KERNELS
 from .linear_op import LinearSpec, linear_op, made_up_op
 
 _WIDEST_TIMED = 16384

@@ -15,6 +15,12 @@ from ..microbenchmark import Feeds
 
 _FIXED_SEED = 0
 _WIDEST_TIMED = 16384
+_OP_TYPES = {
+    "float": "QuantizedLinear",
+    "tensor": "DynamicQuantizedLinear",
+    "token": "DynamicQuantizedLinear",
+    "static": "StaticQuantizedLinear",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,8 @@ class LinearSpec:
     """What the time of a kernel depends on, besides the number of rows.
 
     Attributes:
-        activations: what shares a grid at run time (``tensor`` or ``token``); ``float`` leaves them alone.
+        activations: what shares a grid at run time (``tensor`` or ``token``); ``static`` is one fixed grid,
+            and ``float`` leaves them alone.
         in_features: K.
         out_features: N.
         bits: of the integers, 2 to 8.
@@ -33,9 +40,12 @@ class LinearSpec:
         dtype: float type of the activations.
         rank: of the activations: onnxruntime treats matrices and batches differently.
         pairs_fit: sums of two products with adjacent rows fit 16 bits: such weights never saturate.
+        activation_bits: of the activations' grid, where they have one.
+        activation_clip: the part of a token's largest magnitude that its grid covers.
+        activations_signed: the integers of a static grid are signed.
     """
 
-    activations: Literal["float", "tensor", "token"]
+    activations: Literal["float", "tensor", "token", "static"]
     in_features: int
     out_features: int
     bits: int
@@ -46,6 +56,9 @@ class LinearSpec:
     dtype: str
     rank: int
     pairs_fit: bool
+    activation_bits: int = 8
+    activation_clip: float = 1.0
+    activations_signed: bool = False
 
     def timed(self) -> LinearSpec:
         """The spec to measure: beyond some width a layer's time grows in proportion, kernel by kernel."""
@@ -54,7 +67,10 @@ class LinearSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LinearOp:
-    """A ``QuantizedLinear`` or ``DynamicQuantizedLinear``: its operands and what is known of them."""
+    """A linear of integers on a uniform grid: its operands and what is known of them.
+
+    It is a plain ``QuantizedLinear``, a ``DynamicQuantizedLinear`` or a ``StaticQuantizedLinear``.
+    """
 
     spec: LinearSpec
     x: ir.Value
@@ -62,6 +78,8 @@ class LinearOp:
     scale: ir.Value
     zero_point: ir.Value | None
     bias: ir.Value | None
+    x_scale: ir.Value | None = None
+    x_zero_point: ir.Value | None = None
 
     @property
     def inputs(self) -> tuple[ir.Value, ...]:
@@ -70,7 +88,7 @@ class LinearOp:
 
     def label(self) -> str:
         """The op's name."""
-        return "QuantizedLinear" if self.spec.activations == "float" else "DynamicQuantizedLinear"
+        return _OP_TYPES[self.spec.activations]
 
     def subject(self) -> dict[str, object]:
         """The spec."""
@@ -108,6 +126,19 @@ class LinearOp:
                 block_size=spec.block_size,
                 name=name,
             )
+        if spec.activations == "static":
+            x_scale, x_zero_point = self.static_grid()
+            return ops.static_quantized_linear(
+                self.x,
+                self.weight,
+                self.scale,
+                x_scale,
+                x_zero_point,
+                self.zero_point,
+                self.bias,
+                bits=spec.bits,
+                name=name,
+            )
         return ops.dynamic_quantized_linear(
             self.x,
             self.weight,
@@ -116,36 +147,62 @@ class LinearOp:
             self.bias,
             bits=spec.bits,
             granularity=spec.activations,
+            activation_bits=spec.activation_bits,
+            activation_clip=spec.activation_clip,
+            block_size=spec.block_size,
             name=name,
         )
 
+    def static_grid(self) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero point of the activations.
+
+        Raises:
+            TargetError: the op has no static grid.
+        """
+        if self.x_scale is None or self.x_zero_point is None:
+            raise TargetError(f"{self.label()} lacks the grid of its activations")
+        return self.x_scale, self.x_zero_point
+
 
 def linear_op(node: ir.Node) -> LinearOp:
-    """Read a planish linear.
+    """Read a planish linear of integers.
 
     Raises:
         TargetError: the weight is not a constant matrix.
     """
-    x, weight, scale, zero_point, bias = (*node.inputs, None, None)[:5]
+    x, weight, scale = node.inputs[:3]
     if x is None or weight is None or scale is None:
         raise TargetError(f"node {node.name!r}: {node.op_type} lacks its activations, weight or scale")
+    zero_point, bias = ops.operand(node, "zero_point"), ops.operand(node, "bias")
+    x_zero_point = ops.operand(node, "x_zero_point")
     integers = _integers(weight)
-    dynamic = node.op_type == "DynamicQuantizedLinear"
-    activations = node.overload.removesuffix("_bias") if dynamic else "float"
+    activations = _activations_of(node)
     spec = LinearSpec(
-        activations="float" if not dynamic else "token" if activations == "token" else "tensor",
+        activations=activations,
         in_features=integers.shape[0],
         out_features=integers.shape[1],
         bits=node.attributes["bits"].as_int(),
-        block_size=0 if dynamic else node.attributes["block_size"].as_int(),
+        block_size=node.attributes.get_int("block_size", 0),
         signed=weight.dtype in (ir.DataType.INT4, ir.DataType.INT8),
         zero_point=zero_point is not None,
         bias=bias is not None,
         dtype=(scale.dtype or ir.DataType.FLOAT).name,
         rank=3 if x.shape is None else len(x.shape),
-        pairs_fit=dynamic and _pairs_fit(integers),
+        pairs_fit=activations != "float" and _pairs_fit(integers),
+        activation_bits=node.attributes.get_int("activation_bits", 8),
+        activation_clip=node.attributes.get_float("activation_clip", 1.0),
+        activations_signed=x_zero_point is not None and x_zero_point.dtype == ir.DataType.INT8,
     )
-    return LinearOp(spec, x, weight, scale, zero_point, bias)
+    x_scale = ops.operand(node, "x_scale")
+    return LinearOp(spec, x, weight, scale, zero_point, bias, x_scale, x_zero_point)
+
+
+def _activations_of(node: ir.Node) -> Literal["float", "tensor", "token", "static"]:
+    if node.op_type == "QuantizedLinear":
+        return "float"
+    if node.op_type == "StaticQuantizedLinear":
+        return "static"
+    return "tensor" if node.overload.startswith("tensor") else "token"
 
 
 def made_up_op(spec: LinearSpec) -> LinearOp:
@@ -159,6 +216,10 @@ def made_up_op(spec: LinearSpec) -> LinearOp:
         low, high = max(low, -64), min(high, 65)
     grid = (k // spec.block_size, n) if spec.block_size else (n,)
     float_dtype = ir.DataType[spec.dtype]
+    # Per channel, 4-bit weights of a dynamic op are widened to int8, and their zero points are stored so.
+    widened = spec.activations == "token" and not spec.block_size and container.bitwidth == 4
+    x_integers = ir.DataType.INT8 if spec.activations_signed else ir.DataType.UINT8
+    x_middle = np.array(0 if spec.activations_signed else 128, x_integers.numpy())
 
     def constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
         return ir.val(name, dtype=tensor.dtype, const_value=tensor)
@@ -166,16 +227,20 @@ def made_up_op(spec: LinearSpec) -> LinearOp:
     def floats(name: str, shape: tuple[int, ...], low: float) -> ir.Value:
         return constant(name, ir.tensor(rng.uniform(low, 1, shape).astype(float_dtype.numpy()), name=name))
 
-    def integers(name: str, low: int, high: int, shape: tuple[int, ...]) -> ir.Value:
-        return constant(name, ops.integer_tensor(rng.integers(low, high, shape), container, name))
+    def integers(name: str, low: int, high: int, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+        return constant(name, ops.integer_tensor(rng.integers(low, high, shape), dtype, name))
 
     return LinearOp(
         spec=spec,
         x=ir.val("x", shape=["rows", k] if spec.rank == 2 else ["batch", "rows", k], dtype=float_dtype),
-        weight=integers("weight", low, high, (k, n)),
+        weight=integers("weight", low, high, (k, n), container),
         scale=floats("scale", grid, 0.5),
-        zero_point=integers("zero_point", max(low, 0), high, grid) if spec.zero_point else None,
+        zero_point=integers("zero_point", max(low, 0), high, grid, ir.DataType.INT8 if widened else container)
+        if spec.zero_point
+        else None,
         bias=floats("bias", (n,), -1) if spec.bias else None,
+        x_scale=constant("x_scale", ir.tensor(np.array(1 / 127, np.float32), name="x_scale")),
+        x_zero_point=constant("x_zero_point", ir.tensor(x_middle, name="x_zero_point")),
     )
 
 

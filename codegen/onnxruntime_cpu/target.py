@@ -16,11 +16,30 @@ from ...ir.errors import TargetError
 from ..linear_format import LinearFormat
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
+from . import costs
+from .conv import CONV_KERNEL, CONV_REASON, emit_conv
+from .encoded_linear import (
+    ENCODED_BODY,
+    ENCODED_KERNELS,
+    EncodedOp,
+    EncodedSpec,
+    encoded_op,
+    is_encoded,
+)
+from .float_weights import FLOAT_KERNEL
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
 from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
 from .graph_builder import CONTRIB, GraphBuilder
+from .hadamard import (
+    HADAMARD_BODY,
+    HADAMARD_KERNELS,
+    HadamardOp,
+    HadamardSpec,
+    hadamard_op,
+    made_up_hadamard,
+)
 from .kernel import Choice, Chooser, OpT
-from .linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
+from .linear_kernels import LINEAR_BODY, LINEAR_KERNELS
 from .linear_op import LinearOp, LinearSpec, linear_op, made_up_op
 
 _EXACT = 1e-3
@@ -56,7 +75,7 @@ class OnnxruntimeCpu(Target):
             TargetError: an op that no kernel of this onnxruntime runs within ``max_error``.
         """
         bound = clone(model)
-        binder = _Binder(bound, self._chooser(), may_fold=not _has_quantization_of_its_own(bound))
+        binder = _Binder(bound, self._chooser())
         for node in list(bound.graph.all_nodes()):
             binder.bind(node)
         ops.inline(bound)
@@ -70,6 +89,10 @@ class OnnxruntimeCpu(Target):
             return "onnxruntime's CPU kernels do not run bfloat16: convert the model to float32 first"
         return linear.unsupported_reason()
 
+    def seconds(self, node: ir.Node) -> float | None:
+        """The geometric mean over ``rows`` of the bound kernel's time, as measured on this machine."""
+        return costs.seconds(node, self._chooser())
+
     def adds_products_in_16_bits(self) -> bool:
         """Whether the kernel of signed int8 weights saturates on this machine, as measured."""
         spec = LinearSpec("tensor", 64, 64, 8, 0, True, False, False, "FLOAT", 3, pairs_fit=False)
@@ -81,36 +104,33 @@ class OnnxruntimeCpu(Target):
         return Chooser(Microbenchmark(self.threads), self.rows, self.max_error)
 
 
-def _has_quantization_of_its_own(model: ir.Model) -> bool:
-    """Quantised by someone else: folding DequantizeLinear at load would undo what onnxruntime makes of it."""
-    return any(
-        node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        for node in model.graph.all_nodes()
-    )
-
-
 class _Binder:
     """Replaces nodes and remembers what it chose; ops of equal size are chosen for once."""
 
-    def __init__(self, model: ir.Model, chooser: Chooser, *, may_fold: bool) -> None:
+    def __init__(self, model: ir.Model, chooser: Chooser) -> None:
         self.model = model
         self.chooser = chooser
-        self.linear_kernels = tuple(
-            kernel for kernel in LINEAR_KERNELS if may_fold or kernel.name != FLOAT_KERNEL
-        )
         self.bindings: list[Binding] = []
         self.session_options: dict[str, str] = {}
         self._layer_names: set[str] = set()
         self._linear_choices: dict[LinearSpec, Choice[LinearOp]] = {}
+        self._hadamard_choices: dict[HadamardSpec, Choice[HadamardOp]] = {}
+        self._encoded_choices: dict[EncodedSpec, Choice[EncodedOp]] = {}
         self._gather_choices: dict[GatherSpec, Choice[GatherOp]] = {}
         self._add_choices: dict[AddSpec, Choice[AddOp]] = {}
 
     def bind(self, node: ir.Node) -> None:
         """Bind ``node`` if it is an op with a choice."""
-        if node.domain == ops.DOMAIN and node.op_type in ("QuantizedLinear", "DynamicQuantizedLinear"):
+        if node.domain == ops.DOMAIN and is_encoded(node):
+            self._bind_encoded(node)
+        elif node.domain == ops.DOMAIN and node.op_type in ops.LINEAR_OPS:
             self._bind_linear(node)
+        elif node.domain == ops.DOMAIN and node.op_type == "QuantizedConv":
+            self._bind_conv(node)
         elif node.domain == ops.DOMAIN and node.op_type == "QuantizedGather":
             self._bind_gather(node)
+        elif node.domain == ops.DOMAIN and node.op_type == "HadamardTransform":
+            self._bind_hadamard(node)
         elif (spec := add_spec(node)) is not None:
             self._bind_add(node, spec)
 
@@ -119,9 +139,23 @@ class _Binder:
         spec = op.spec.timed()
         choice = self._linear_choices.get(spec)
         if choice is None:
-            choice = self.chooser.choose(made_up_op(spec), self.linear_kernels, LINEAR_BODY, FLOAT_KERNEL)
+            choice = self.chooser.choose(made_up_op(spec), LINEAR_KERNELS, LINEAR_BODY, FLOAT_KERNEL)
             self._linear_choices[spec] = choice
         self._replace(node, op, choice)
+
+    def _bind_encoded(self, node: ir.Node) -> None:
+        op = encoded_op(node)
+        choice = self._encoded_choices.get(op.spec)
+        if choice is None:
+            choice = self.chooser.choose(op.timed(), ENCODED_KERNELS, ENCODED_BODY, FLOAT_KERNEL)
+            self._encoded_choices[op.spec] = choice
+        self._replace(node, op, choice)
+
+    def _bind_conv(self, node: ir.Node) -> None:
+        build = GraphBuilder(self._layer_name(node))
+        emit_conv(build, node)
+        self._record(node, CONV_KERNEL, CONV_REASON)
+        self._insert(node, build)
 
     def _bind_gather(self, node: ir.Node) -> None:
         op = gather_op(node)
@@ -133,26 +167,39 @@ class _Binder:
             self._gather_choices[op.spec] = choice
         self._replace(node, op, choice)
 
+    def _bind_hadamard(self, node: ir.Node) -> None:
+        op = hadamard_op(node)
+        choice = self._hadamard_choices.get(op.spec)
+        if choice is None:
+            choice = self.chooser.choose(
+                made_up_hadamard(op.spec), HADAMARD_KERNELS, HADAMARD_BODY, HADAMARD_BODY.name
+            )
+            self._hadamard_choices[op.spec] = choice
+        self._replace(node, op, choice)
+
     def _bind_add(self, node: ir.Node, spec: AddSpec) -> None:
         choice = self._add_choices.get(spec)
         if choice is None:
             choice = self.chooser.choose(made_up_add(spec), ADD_KERNELS, ADD_KERNELS[0], fused_kernel(spec))
             self._add_choices[spec] = choice
-        self._record(node, choice)
+        self._record(node, choice.kernel.name, choice.reason)
         if choice.kernel.name == SUM:
             ops.replace(node, ir.node("Sum", node.inputs, name=node.name))
 
     def _replace(self, node: ir.Node, op: OpT, choice: Choice[OpT]) -> None:
         build = GraphBuilder(self._layer_name(node))
         choice.kernel.emit(build, op)
+        self.session_options |= choice.kernel.session_options
+        self._record(node, choice.kernel.name, choice.reason)
+        self._insert(node, build)
+
+    def _insert(self, node: ir.Node, build: GraphBuilder) -> None:
         for value in build.initializers:
             self.model.graph.register_initializer(value)
         for definition in build.definitions:
             ops.define(self.model, definition)
         if any(made.domain == CONTRIB for made in build.nodes):
             self.model.opset_imports.setdefault(CONTRIB, 1)
-        self.session_options |= choice.kernel.session_options
-        self._record(node, choice)
         ops.replace(node, build.nodes)
 
     def _layer_name(self, node: ir.Node) -> str:
@@ -163,6 +210,6 @@ class _Binder:
         self._layer_names.add(name)
         return name
 
-    def _record(self, node: ir.Node, choice: Choice[OpT]) -> None:
+    def _record(self, node: ir.Node, kernel: str, reason: str) -> None:
         op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        self.bindings.append(Binding(node.name or "", op, choice.kernel.name, choice.reason))
+        self.bindings.append(Binding(node.name or "", op, kernel, reason))

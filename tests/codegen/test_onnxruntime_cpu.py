@@ -17,10 +17,11 @@ from planish.codegen import get_target, microbenchmark
 from planish.codegen.machine import cache_directory
 from planish.codegen.microbenchmark import Measurement, Microbenchmark
 from planish.codegen.onnxruntime_cpu import kernel as kernel_module
+from planish.codegen.onnxruntime_cpu.float_weights import FLOAT_KERNEL
 from planish.codegen.onnxruntime_cpu.fused_add import ADD_KERNELS, AddSpec, add_spec, made_up_add
 from planish.codegen.onnxruntime_cpu.gather import GATHER_KERNELS, GatherSpec, made_up_gather
 from planish.codegen.onnxruntime_cpu.kernel import Chooser
-from planish.codegen.onnxruntime_cpu.linear_kernels import FLOAT_KERNEL, LINEAR_BODY, LINEAR_KERNELS
+from planish.codegen.onnxruntime_cpu.linear_kernels import LINEAR_BODY, LINEAR_KERNELS
 from planish.codegen.onnxruntime_cpu.linear_op import LinearSpec, made_up_op
 from planish.ir import ops
 from planish.ir.errors import TargetError
@@ -68,8 +69,14 @@ def linear_reference(op, x):
         zero_x = np.clip(np.rint(-low / step), 0, 255)
         x = (np.clip(np.rint(x / step) + zero_x, 0, 255) - zero_x).astype(np.float64) * step
     elif spec.activations == "token":
-        step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
-        x = np.rint(x / step).astype(np.float64) * step
+        levels = np.float32(2 ** (spec.activation_bits - 1) - 1)
+        step = np.abs(x).max(-1, keepdims=True) * np.float32(spec.activation_clip) / levels
+        x = np.clip(np.rint(x / step), -levels - 1, levels).astype(np.float64) * step
+    elif spec.activations == "static":
+        step, middle = op.x_scale.const_value.numpy(), op.x_zero_point.const_value.numpy()
+        limits = np.iinfo(middle.dtype)
+        integers = np.clip(np.rint(x / step) + int(middle), limits.min, limits.max) - int(middle)
+        x = integers.astype(np.float64) * step
     y = x.astype(np.float64) @ ((w - (0 if zero is None else zero)) * scale)
     return y if op.bias is None else y + op.bias.const_value.numpy()
 
@@ -97,6 +104,21 @@ LINEAR_SPECS = [
     spec_of("tensor", signed=False, zero_point=True),
     spec_of("token", signed=False, zero_point=True),
     spec_of("tensor", in_features=33, out_features=7),
+    *(spec_of("token", bits=bits, activation_bits=4) for bits in (2, 4, 8)),
+    *(spec_of("token", bits=4, activation_bits=bits, activation_clip=0.75) for bits in (4, 8)),
+    spec_of("token", bits=4),
+    spec_of("token", bits=4, signed=False, zero_point=True, rank=2),
+    spec_of("token", bits=8, signed=False, zero_point=True, activation_bits=6),
+    *(spec_of("token", bits=bits, block_size=32) for bits in (3, 4, 8)),
+    spec_of("token", bits=4, block_size=16, activation_bits=4, activation_clip=0.75, bias=False),
+    spec_of("token", bits=4, block_size=32, signed=False, zero_point=True, rank=2),
+    *(
+        spec_of("static", bits=bits, signed=signed, zero_point=not signed, activations_signed=x_signed)
+        for bits in (4, 8)
+        for signed in (True, False)
+        for x_signed in (True, False)
+    ),
+    *(spec_of("static", bits=8, bias=bias, rank=2) for bias in (True, False)),
 ]
 LINEAR_CASES = [
     pytest.param(spec, kernel, id=f"{kernel.name}-{index}")
@@ -109,10 +131,11 @@ LINEAR_CASES = [
 @pytest.mark.parametrize(("spec", "kernel"), LINEAR_CASES)
 def test_linear_kernels_compute_the_op(spec, kernel):
     op = made_up_op(spec)
-    quantises = kernel.name == "MatMulNBits accuracy 4" or (
-        kernel is LINEAR_BODY and spec.activations == "float"  # which onnxruntime fuses to just that
+    quantises = kernel.name.endswith("accuracy 4") or (
+        # which onnxruntime fuses to just that
+        kernel is LINEAR_BODY and (spec.activations == "float" or spec.block_size > 0)
     )
-    leaves_out = kernel.name == FLOAT_KERNEL and spec.activations != "float"
+    leaves_out = spec.activations != "float" and kernel.name in (FLOAT_KERNEL, "MatMulNBits accuracy 0")
     for rows in (1, 5):
         feeds = op.feeds(rows)
         expected = linear_reference(op, feeds["x"])
@@ -474,8 +497,8 @@ def test_a_model_without_choices_is_left_as_it_is():
     assert set(bound.model.opset_imports) == {""}
 
 
-def test_a_model_with_quantisation_of_its_own_is_not_folded():
-    """Folding at load is a property of the whole session: it would undo the model's own QDQ nodes."""
+def test_quantisation_that_the_model_brings_is_left_to_onnxruntime():
+    """Weights become floats at load without a setting of the session, which would hold for QDQ nodes too."""
     model = block()
     Quantize(scheme="W8A16").run(model, PassContext(target=get_target("portable")))
     operands = [
@@ -490,7 +513,7 @@ def test_a_model_with_quantisation_of_its_own_is_not_folded():
     model.graph.outputs.append(own.outputs[0])
     bound = get_target("onnxruntime-cpu", rows=(128,)).bind(model)
     assert not bound.session_options
-    assert FLOAT_KERNEL not in {binding.kernel for binding in bound.bindings}
+    assert [node.op_type for node in bound.model.graph if node.name == "own"] == ["DequantizeLinear"]
 
 
 @pytest.mark.parametrize("rows", [(), (0,), (4, -1)])
