@@ -2,8 +2,8 @@
 
 Taken are an iterable (a torch DataLoader is one) of dicts, of tensors or of tuples, and onnxruntime's
 ``CalibrationDataReader`` (an object with ``get_next()``). It is read once, and what is kept are the graph's
-inputs: ids and masks, not activations. Batches of many samples are cut into small ones, so that running one
-never needs much memory.
+inputs: ids and masks, not activations. Where all inputs share a batch axis, samples are put together or taken
+apart, so that running a batch is efficient and needs little memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 MASK = "attention_mask"
-_TOKENS_PER_RUN = 2048
-"""Samples are run together up to about this many elements of an input: matrix products are at full speed."""
+_ELEMENTS_PER_RUN = 2048
+"""Of the largest input: so many tokens bring matrix products to full speed and need little memory."""
 
 
 class CalibrationData(Sequence[Feeds]):
@@ -34,7 +34,7 @@ class CalibrationData(Sequence[Feeds]):
     """
 
     def __init__(self, batches: Iterable[Feeds]) -> None:
-        self._batches = tuple(part for batch in batches for part in _split(batch))
+        self._batches = tuple(batches)
 
     @classmethod
     def read(cls, source: Any, model: ir.Model, signature: Signature | None = None) -> CalibrationData:
@@ -51,7 +51,7 @@ class CalibrationData(Sequence[Feeds]):
         Raises:
             InputError: there is no item, or one does not fit; the message says which and why.
         """
-        batches = []
+        batches: list[Feeds] = []
         for position, item in enumerate(_items(source)):
             try:
                 feeds = _feeds(item, model, signature)
@@ -65,7 +65,7 @@ class CalibrationData(Sequence[Feeds]):
             raise InputError(
                 "the calibration data is empty", hint="give some inputs, or leave calibration= out"
             )
-        return cls(batches)
+        return cls(_regroup(batches) if _has_batch_axis(model) else batches)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -187,15 +187,38 @@ def _check(feeds: dict[str, Array], model: ir.Model) -> None:
             raise InputError(f"input {name!r} is empty, {list(array.shape)}")
 
 
-def _split(feeds: Feeds) -> Iterator[Feeds]:
-    """The samples of a batch, as many together as make a run worth while."""
-    sizes = {array.shape[0] if array.ndim else -1 for array in feeds.values()}
-    if len(sizes) != 1 or sizes <= {-1, 1}:
-        yield feeds
-        return
-    (batch,) = sizes
-    # The first input decides: token ids are two-dimensional, images and features are larger anyway.
-    per_sample = max(array.size // batch for array in feeds.values())
-    step = max(1, _TOKENS_PER_RUN // max(per_sample, 1))
-    for start in range(0, batch, step):
-        yield {name: array[start : start + step] for name, array in feeds.items()}
+def _has_batch_axis(model: ir.Model) -> bool:
+    """Whether axis 0 of every input is one and the same free dimension: samples may be put together."""
+    first = [value.shape[0] if value.shape else None for value in model.graph.inputs]
+    names = {dim.value if isinstance(dim, ir.SymbolicDim) else None for dim in first}
+    return len(names) == 1 and None not in names
+
+
+def _regroup(batches: Iterable[Feeds]) -> Iterator[Feeds]:
+    """The same samples in batches of about `_ELEMENTS_PER_RUN`; only neighbours of equal shape meet."""
+    waiting: list[Feeds] = []
+    for sample in (part for batch in batches for part in _samples(batch)):
+        if waiting and (_shapes(sample) != _shapes(waiting[0]) or len(waiting) >= _samples_per_run(sample)):
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield _joined(waiting)
+
+
+def _samples(batch: Feeds) -> Iterator[Feeds]:
+    count = next(iter(batch.values())).shape[0]
+    return ({name: array[index : index + 1] for name, array in batch.items()} for index in range(count))
+
+
+def _shapes(feeds: Feeds) -> list[tuple[int, ...]]:
+    return [array.shape for array in feeds.values()]
+
+
+def _samples_per_run(sample: Feeds) -> int:
+    largest = max(array.size for array in sample.values())
+    return max(1, _ELEMENTS_PER_RUN // max(largest, 1))
+
+
+def _joined(samples: Sequence[Feeds]) -> Feeds:
+    return {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
