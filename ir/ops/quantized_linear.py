@@ -123,7 +123,7 @@ _OUTLIERS = """
   position_axis = Constant <value_int: int = 0> ()
   gaps = Cast <to: int = 7> (outlier_gaps)
   positions = CumSum (gaps, position_axis)
-  outliers = CastLike (outlier_values, dequantized)
+  outliers = Cast <to: int = @dtype> (outlier_values)
   dequantized_flat = Reshape (dequantized, flat)
   mixed = ScatterElements <axis: int = 0> (dequantized_flat, positions, outliers)
   dequantized_shape = Shape (dequantized)
@@ -133,21 +133,19 @@ _OUTLIERS = """
 
 @dataclasses.dataclass(frozen=True)
 class _Encoding:
-    """One meaning of the stored weight: its attributes, its operands beside X, W and scale, and its lines."""
+    """One meaning of the stored weight: its own attributes, its operands beside X, W and scale, its lines."""
 
-    attributes: str
+    attributes: tuple[str, ...]
     operands: str
     lines: str
 
 
 _ENCODINGS = {
-    "": _Encoding("bits, axis, block_size", "zero_point", _PLAIN),
-    "codebook": _Encoding("bits, block_size, dtype", "codebook", _CODEBOOK + _FLOAT_SCALES + _SCALE_BLOCKS),
-    "codebook_exponent": _Encoding(
-        "bits, block_size, dtype", "codebook", _CODEBOOK + _EXPONENT_SCALES + _SCALE_BLOCKS
-    ),
+    "": _Encoding(("axis",), "zero_point", _PLAIN),
+    "codebook": _Encoding((), "codebook", _CODEBOOK + _FLOAT_SCALES + _SCALE_BLOCKS),
+    "codebook_exponent": _Encoding((), "codebook", _CODEBOOK + _EXPONENT_SCALES + _SCALE_BLOCKS),
     "bilevel": _Encoding(
-        "bits, block_size, second_block_size, dtype",
+        ("second_block_size",),
         "zero_point, scale_scale, scale_zero, zero_scale, zero_zero",
         _BILEVEL,
     ),
@@ -162,7 +160,10 @@ def _overload(encoding: str, has_outliers: bool, has_bias: bool) -> str:
 def _define(encoding: str, has_outliers: bool, has_bias: bool) -> OpDefinition:
     meaning = _ENCODINGS[encoding]
     operands = ["X", "W", "scale", meaning.operands]
+    attributes = ["bits", "block_size", *meaning.attributes]
     lines, weight = meaning.lines, "dequantized"
+    if encoding or has_outliers:
+        attributes.append("dtype")
     if has_outliers:
         operands.append("outlier_gaps, outlier_values")
         lines, weight = lines + _OUTLIERS, "weight"
@@ -171,7 +172,7 @@ def _define(encoding: str, has_outliers: bool, has_bias: bool) -> OpDefinition:
         lines += f"  product = MatMul (X, {weight})\n  Y = Add (product, bias)\n"
     else:
         lines += f"  Y = MatMul (X, {weight})\n"
-    signature = f"<{meaning.attributes}> ({', '.join(operands)}) => (Y)"
+    signature = f"<{', '.join(attributes)}> ({', '.join(operands)}) => (Y)"
     return OpDefinition(OP_TYPE, _overload(encoding, has_outliers, has_bias), signature, lines)
 
 
@@ -262,18 +263,18 @@ def quantized_linear(
         ModelError: operands that no overload takes together, or a dtype that must be known is not.
     """
     encoding = _encoding_of(scale, zero_point, codebook, second_level, name)
-    if encoding and x.dtype is None:
-        raise ModelError(f"QuantizedLinear {name!r}: the dtype of its activations must be known")
     attributes: dict[str, int] = {"bits": bits, "block_size": block_size}
     inputs = [x, weight, scale, zero_point if codebook is None else codebook]
     if second_level is not None:
         attributes["second_block_size"] = second_level.block_size
         inputs += [second_level.scale_scale, second_level.scale_zero]
         inputs += [second_level.zero_scale, second_level.zero_zero]
-    if encoding:
-        attributes["dtype"] = int(x.dtype or ir.DataType.FLOAT)
-    else:
+    if not encoding:
         attributes["axis"] = 0 if block_size else 1
+    if encoding or outliers is not None:
+        if x.dtype is None:
+            raise ModelError(f"QuantizedLinear {name!r}: the dtype of its activations must be known")
+        attributes["dtype"] = int(x.dtype)
     if outliers is not None:
         inputs += [outliers.gaps, outliers.values]
     if bias is not None:
