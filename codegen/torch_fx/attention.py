@@ -62,7 +62,7 @@ def attention(
 
 def _heads(x: Tensor, heads: int | None) -> Tensor:
     """[batch, heads, sequence, size] from either layout."""
-    return x if x.ndim == 4 or heads is None else x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return x if x.ndim == 4 or heads is None else x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _bias(mask: Tensor | None, scores: Tensor, is_causal: bool, past: int) -> Tensor | None:

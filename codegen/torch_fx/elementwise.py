@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ...ir.errors import TargetError
 from .registry import standard
 
 Tensor = torch.Tensor
@@ -72,6 +73,20 @@ def is_infinite(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1
     return (positive & bool(detect_positive)) | (negative & bool(detect_negative))
 
 
+def dropout(
+    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0
+) -> Tensor:
+    """x itself.
+
+    Raises:
+        TargetError: the node drops elements, in training mode.
+    """
+    del ratio, seed  # of training
+    if training is not None and bool(training):
+        raise TargetError("torch-fx: Dropout in training mode is not lowered")
+    return x
+
+
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """``x · Φ(x)``, exact or by tanh."""
     return F.gelu(x, approximate=approximate)
@@ -124,6 +139,7 @@ OPS = standard(
         "Cos": torch.cos,
         "Cosh": torch.cosh,
         "Div": div,
+        "Dropout": dropout,
         "Elu": elu,
         "Equal": torch.eq,
         "Erf": torch.erf,

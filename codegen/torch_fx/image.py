@@ -13,6 +13,13 @@ from .registry import Integers, Lowering, as_integers, standard
 
 Tensor = torch.Tensor
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_INTERPOLATIONS = {
+    ("nearest", "asymmetric"): "nearest",
+    ("linear", "half_pixel"): "centres",
+    ("linear", "pytorch_half_pixel"): "centres",
+    ("linear", "align_corners"): "corners",
+}
+"""(mode, coordinate transformation) that torch has too."""
 _MAX_POOLS: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
@@ -93,31 +100,40 @@ def resize(
     nearest_mode: str = "round_prefer_floor",
     antialias: int = 0,
     cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
     extrapolation_value: float = 0.0,
     keep_aspect_ratio_policy: str = "stretch",
 ) -> Tensor:
-    """Resize images [N, C, …] as torch itself does: nearest (asymmetric, floor) or linear.
+    """Resize images [N, C, …] to whole sizes as torch itself does: nearest (asymmetric, floor) or linear.
 
     Raises:
         TargetError: another way of interpolating, or batch and channels are resized too.
     """
-    del region, cubic_coeff_a, extrapolation_value  # of modes that are refused
-    if sizes is not None:
-        wanted = as_integers(sizes)
-    elif scales is not None:
-        wanted = [math.floor(size * factor) for size, factor in zip(x.shape, scales.tolist(), strict=True)]
-    else:
-        raise TargetError("torch-fx: Resize needs sizes or scales")
-    if list(x.shape[:2]) != wanted[:2] or keep_aspect_ratio_policy != "stretch":
-        raise TargetError("torch-fx: Resize of batch or channels, or with the aspect kept, is not lowered")
+    del region, cubic_coeff_a, exclude_outside, extrapolation_value  # of modes that are refused
+    wanted = _resized(x, scales, sizes)
     transform = coordinate_transformation_mode
-    if mode == "nearest" and transform == "asymmetric" and nearest_mode == "floor":
+    interpolation = _INTERPOLATIONS.get((mode, transform), "")
+    known = bool(interpolation) and not antialias and keep_aspect_ratio_policy == "stretch"
+    known = known and (interpolation != "nearest" or nearest_mode == "floor")
+    if transform == "pytorch_half_pixel":
+        known = known and min(wanted[2:]) > 1  # a single pixel comes from the first one, and not the middle
+    if not known or list(x.shape[:2]) != wanted[:2]:
+        raise TargetError(f"torch-fx: Resize of {list(x.shape)} with {mode!r}, {transform!r} is not lowered")
+    if interpolation == "nearest":
         return F.interpolate(x, wanted[2:], mode="nearest")
-    linear = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(x.ndim - 2)
-    known = ("half_pixel", "pytorch_half_pixel", "align_corners")
-    if mode == "linear" and transform in known and linear is not None and not antialias:
-        return F.interpolate(x, wanted[2:], mode=linear, align_corners=transform == "align_corners")
-    raise TargetError(f"torch-fx: Resize with mode {mode!r} and {transform!r} is not lowered")
+    linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+    return F.interpolate(x, wanted[2:], mode=linear, align_corners=interpolation == "corners")
+
+
+def _resized(x: Tensor, scales: Tensor | None, sizes: Integers | None) -> list[int]:
+    """The shape that is asked for."""
+    if sizes is not None:
+        return as_integers(sizes)
+    factors = [] if scales is None else scales.tolist()
+    products = [size * factor for size, factor in zip(x.shape, factors, strict=True)]
+    if any(product != math.floor(product) for product in products):
+        raise TargetError(f"torch-fx: Resize of {list(x.shape)} by {factors}: expected whole sizes")
+    return [int(product) for product in products]
 
 
 OPS = standard(

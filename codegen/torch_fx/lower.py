@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
@@ -19,7 +20,7 @@ from ...ir.errors import InputError, TargetError
 from . import attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape
 from .module_names import ModuleNames
 from .registry import Lowering, OpKey, Registry
-from .tensors import torch_dtype, torch_tensor
+from .tensors import from_array, torch_dtype, torch_tensor
 
 OPS: dict[OpKey, Lowering] = {
     key: entry
@@ -87,8 +88,12 @@ def run(module: fx.GraphModule, feeds: Mapping[str, Any]) -> dict[str, Any]:
         different = sorted(feeds.keys() ^ names.keys())[0]
         problem = "is missing" if different in names else "is unknown"
         raise InputError(f"torch-fx: input {different!r} {problem}; the graph's inputs are {list(names)}")
-    result: dict[str, Any] = module(**{names[name]: torch.as_tensor(value) for name, value in feeds.items()})
+    result: dict[str, Any] = module(**{names[name]: _as_tensor(value) for name, value in feeds.items()})
     return result
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else from_array(np.asarray(value))
 
 
 def _inline(model: ir.Model, registry: Registry) -> ir.Model:
@@ -159,7 +164,7 @@ class _Builder:
     def _lower_node(self, node: ir.Node) -> None:
         if node.domain == "" and node.op_type == "Constant":
             return  # made where it is read
-        if node.domain == "" and node.op_type in ("Identity", "Dropout"):
+        if node.domain == "" and node.op_type == "Identity":
             self._values[node.outputs[0]] = self._operand(node, 0)
             return
         entry = self._registry.get((node.domain, node.op_type))

@@ -23,7 +23,7 @@ class ModuleNames:
         """The path for a new initializer."""
         path = name
         if any(not part or part in _RESERVED for part in name.split(".")):
-            path = "_" + name.replace(".", "_")
+            path = "initializer_" + name.replace(".", "_")
         while not self._is_free(path):
             path = path.replace(".", "_") + "_"
         self._buffers.add(path)

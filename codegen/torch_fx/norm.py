@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ...ir.errors import TargetError
 from .registry import standard
 
 Tensor = torch.Tensor
@@ -53,8 +54,14 @@ def batch_normalization(
     momentum: float = 0.9,
     training_mode: int = 0,
 ) -> Tensor:
-    """Normalise each channel of [N, C, …] with the statistics given; inference only."""
-    del momentum, training_mode  # training has further outputs, which are refused
+    """Normalise each channel of [N, C, …] with the statistics given.
+
+    Raises:
+        TargetError: the node computes the statistics itself, in training mode.
+    """
+    del momentum  # of training
+    if training_mode:
+        raise TargetError("torch-fx: BatchNormalization in training mode is not lowered")
     return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
 
 
@@ -75,13 +82,15 @@ def group_normalization(
 
 def instance_normalization(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Normalise each channel of each sample of [N, C, …]."""
-    return F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
+    result: Tensor = F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
+    return result
 
 
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """Divide by the norm along ``axis``; zeros stay zeros."""
     norm = torch.linalg.vector_norm(x, ord=p, dim=axis, keepdim=True)
-    return x / norm.masked_fill(norm == 0, math.inf)
+    result: Tensor = x / norm.masked_fill(norm == 0, math.inf)
+    return result
 
 
 OPS = standard(

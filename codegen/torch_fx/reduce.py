@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,16 @@ def _dims(x: Tensor, axes: Integers | None, noop_with_empty_axes: int) -> list[i
     if not dims and not noop_with_empty_axes:
         return list(range(x.ndim))
     return [dim % x.ndim for dim in dims]
+
+
+def _of_nothing(x: Tensor, dims: list[int], keepdims: bool, limit: float) -> Tensor:
+    """The extremum of no elements: the end of the type's range."""
+    shape = x.sum(dims, keepdim=keepdims).shape if dims else x.shape
+    if x.dtype == torch.bool:
+        return torch.full(shape, limit > 0, device=x.device)
+    if not x.is_floating_point():
+        limit = torch.iinfo(x.dtype).max if limit > 0 else torch.iinfo(x.dtype).min
+    return torch.full(shape, limit, dtype=x.dtype, device=x.device)
 
 
 def reduce_sum(
@@ -39,6 +50,8 @@ def reduce_max(
 ) -> Tensor:
     """The maximum over ``axes``, all by default."""
     dims = _dims(x, axes, noop_with_empty_axes)
+    if x.numel() == 0:
+        return _of_nothing(x, dims, bool(keepdims), -math.inf)
     return x.amax(dims, keepdim=bool(keepdims)) if dims else x
 
 
@@ -47,6 +60,8 @@ def reduce_min(
 ) -> Tensor:
     """The minimum over ``axes``, all by default."""
     dims = _dims(x, axes, noop_with_empty_axes)
+    if x.numel() == 0:
+        return _of_nothing(x, dims, bool(keepdims), math.inf)
     return x.amin(dims, keepdim=bool(keepdims)) if dims else x
 
 

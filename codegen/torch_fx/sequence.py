@@ -16,10 +16,10 @@ def split_to_sequence(
 ) -> list[Tensor]:
     """Cut along ``axis`` into parts of ``sizes``: one size for all, a list of sizes, or slices by default."""
     if sizes is None:
-        return list(x.split(1, dim=axis) if keepdims else x.unbind(axis))
+        return list(torch.split(x, 1, dim=axis) if keepdims else torch.unbind(x, axis))
     single = isinstance(sizes, int) or (isinstance(sizes, torch.Tensor) and sizes.ndim == 0)
     parts = as_integers(sizes)
-    return list(x.split(parts[0] if single else parts, dim=axis))
+    return list(torch.split(x, parts[0] if single else parts, dim=axis))
 
 
 def sequence_at(sequence: Sequence[Tensor], position: Integers) -> Tensor:

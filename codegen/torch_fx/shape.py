@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +49,7 @@ def unsqueeze(x: Tensor, axes: Integers) -> Tensor:
 
 def expand(x: Tensor, shape: Integers) -> Tensor:
     """Broadcast both ways: x may also be larger than ``shape``."""
-    return x.expand(torch.broadcast_shapes(x.shape, as_integers(shape)))
+    return x.expand(np.broadcast_shapes(x.shape, as_integers(shape)))
 
 
 def concat(*operands: Tensor, axis: int) -> Tensor:

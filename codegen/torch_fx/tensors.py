@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -45,6 +47,24 @@ def torch_dtype(dtype: ir.DataType, floating: torch.dtype | None = None) -> torc
     return floating
 
 
+def from_array(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The array in torch, in its own memory unless it is packed or not contiguous; not to be written.
+
+    ``dtype`` is the torch type of the array's elements, by default that of its numpy type.
+    """
+    dtype = dtype or DTYPES[ir.DataType.from_numpy(array.dtype)]
+    if array.dtype.kind not in "biuf":  # an extension of numpy: same bits, or integers narrower than a byte
+        narrow = not dtype.is_floating_point
+        array = array.astype(np.int16).astype(_BITS[1]) if narrow else array.view(_BITS[dtype.itemsize])
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    with warnings.catch_warnings():
+        # Weights are mapped from files: torch warns of any memory that cannot be written.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        result = torch.from_numpy(array)
+    return result if result.dtype == dtype else result.view(dtype)
+
+
 def torch_tensor(tensor: ir.TensorProtocol, floating: torch.dtype | None = None) -> torch.Tensor | None:
     """The tensor in torch; None if torch has no such element type.
 
@@ -54,17 +74,6 @@ def torch_tensor(tensor: ir.TensorProtocol, floating: torch.dtype | None = None)
     dtype = torch_dtype(tensor.dtype)
     if dtype is None:
         return None
-    array = np.asarray(tensor.numpy())
-    if tensor.dtype.bitwidth < 8:
-        array = array.astype(np.int8 if tensor.dtype.is_signed() else np.uint8)
-    elif dtype.is_floating_point and array.dtype.kind != "f":
-        array = array.view(_BITS[dtype.itemsize])
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    with warnings.catch_warnings():
-        # Weights are mapped from files: torch warns of any memory that cannot be written.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        result = torch.from_numpy(array)
-    result = result if result.dtype == dtype else result.view(dtype)
+    result = from_array(np.asarray(tensor.numpy()), dtype)
     target = torch_dtype(tensor.dtype, floating)
     return result if target is None or target == dtype else result.to(target)
