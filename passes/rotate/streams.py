@@ -157,8 +157,11 @@ def _add_writer(node: ir.Node, stream: Stream) -> None:
     written = _written_vectors(node)
     stream.writers.extend(written)
     if not written:
-        what = "a norm" if is_norm(node) else node.op_type
-        stream.obstacles.append(Obstacle(str(node.name), f"{what} writes the stream"))
+        if is_norm(node):
+            obstacle = Obstacle(norm_name(node), "a norm that keeps its weights writes the stream")
+        else:
+            obstacle = Obstacle(str(node.name), f"{node.op_type} writes the stream")
+        stream.obstacles.append(obstacle)
 
 
 def _add_reader(node: ir.Node, value: ir.Value, stream: Stream) -> None:
