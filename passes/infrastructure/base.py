@@ -82,11 +82,20 @@ class Coverage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """What a pass did. ``statistics`` counts rewrites by rule name."""
+    """What a pass did.
+
+    Attributes:
+        modified: the model is not what it was.
+        coverage: what was covered of what was looked at.
+        statistics: counts of rewrites by rule name.
+        redefined_outputs: graph outputs that an exact pass gives in another form on purpose, such as the
+            rotated keys of a cache; a cache that was filled before does not fit any more.
+    """
 
     modified: bool
     coverage: Coverage | None = None
     statistics: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    redefined_outputs: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
@@ -46,6 +47,7 @@ from planish.passes.infrastructure.instruments import (
     RewriteStatistics,
     VerifyAfterEachPass,
 )
+from planish.passes.infrastructure.instruments.contract import without_past
 from planish.passes.infrastructure.pipeline import Pipeline
 from planish.passes.infrastructure.rewriter import Rule, apply_rules, missed
 from rich.console import Console
@@ -376,6 +378,69 @@ class RenameOutput(Pass):
 def test_a_lost_output_breaks_the_contract():
     with pytest.raises(ContractBrokenError, match="output 'y' differs in that it is no longer an output"):
         run(make_model(), RenameOutput(), instruments=[ContractCheck(EXAMPLES)])
+
+
+CACHED = """
+<ir_version: 11, opset_import: ["" : 23]>
+cached (float[1, 1, p, 2] past_key_values_0_key, float[1, 1, s, 2] x)
+  => (float[1, 1, t, 2] present, float[1, 1, s, 2] y) {
+  present = Concat <axis = 2> (past_key_values_0_key, x)
+  y = ReduceSum <keepdims = 1> (present, axis)
+}
+"""
+
+
+def cached_model() -> ir.Model:
+    """y sums a cache; the sum of a cache whose two channels are swapped, swapped back, is the same."""
+    proto = onnx.parser.parse_model(CACHED)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    model = ir.from_proto(proto)
+    model.graph.inputs[0].name = "past_key_values.0.key"
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapChannels(Pass):
+    """Keeps the cache with its channels in another order, and the result in the old one."""
+
+    name: ClassVar[str] = "swap_channels"
+    declares: bool = True
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
+        order = ir.val("order", const_value=ir.tensor(np.array([1, 0]), name="order"))
+        model.graph.register_initializer(order)
+        concat, total = list(model.graph)
+        before = ir.node("Gather", [concat.inputs[1], order], {"axis": 3}, name="swap")
+        model.graph.insert_before(concat, before)
+        concat.replace_input_with(1, before.outputs[0])
+        after = ir.node("Gather", [total.outputs[0], order], {"axis": 3}, name="swap_back")
+        model.graph.insert_after(total, after)
+        total.outputs[0].name, after.outputs[0].name = "swapped", "y"
+        model.graph.outputs[1] = after.outputs[0]
+        redefined = frozenset({"present"}) if self.declares else frozenset()
+        return PassResult(modified=True, redefined_outputs=redefined)
+
+
+CACHED_EXAMPLES = [
+    {
+        "past_key_values.0.key": np.array([[[[1, 5], [2, 7]]]], np.float32),
+        "x": np.array([[[[3, 4]]]], np.float32),
+    }
+]
+
+
+def test_an_output_that_is_redefined_on_purpose_keeps_the_contract_and_the_others_are_checked():
+    swap = SwapChannels()
+    report = run(cached_model(), swap, Recorded(), instruments=[ContractCheck(CACHED_EXAMPLES)])
+    assert set(report.passes[0].errors) == {"y"}
+    with pytest.raises(ContractBrokenError, match="'present'"):
+        run(cached_model(), SwapChannels(declares=False), instruments=[ContractCheck(CACHED_EXAMPLES)])
+
+
+def test_an_empty_cache_has_no_part_in_the_mask():
+    feeds = {**CACHED_EXAMPLES[0], "attention_mask": np.array([[0, 1, 1]])}
+    assert without_past(feeds)["attention_mask"].tolist() == [[1]]
+    assert without_past(feeds)["past_key_values.0.key"].shape == (1, 1, 0, 2)
 
 
 def test_dumps_are_numbered_and_a_pipeline_can_go_on_from_one(tmp_path):
