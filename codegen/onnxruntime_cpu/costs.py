@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.views.linears import Linear, as_linear
 from ..microbenchmark import Feeds
+from .encoded_linear import ENCODED_BODY, ENCODED_KERNELS, encoded_op, is_encoded
 from .float_weights import FLOAT_KERNEL
 from .graph_builder import GraphBuilder
 from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS, HadamardSpec, hadamard_op, made_up_hadamard
@@ -37,6 +38,9 @@ def seconds(node: ir.Node, chooser: Chooser) -> float | None:
     """
     if node.domain == ops.DOMAIN and node.op_type == "HadamardTransform":
         return _hadamard_seconds(hadamard_op(node).spec, chooser)
+    if node.domain == ops.DOMAIN and is_encoded(node):
+        op = encoded_op(node).timed()
+        return chooser.choose(op, ENCODED_KERNELS, ENCODED_BODY, FLOAT_KERNEL).seconds
     linear = as_linear(node)
     if linear is None:
         return None

@@ -1,0 +1,175 @@
+"""How much the outputs of a model change when some of its weights are replaced by others.
+
+One session serves all replacements: in a copy of the graph, the weights in question are inputs. For logits
+the change is KL(softmax(dense) ‖ softmax(changed)), the mean over tokens in nats; for other outputs it is
+‖changed − dense‖² / ‖dense‖². Padding tokens do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from ..ir import clone
+from ..ir.errors import InputError
+from .calibration.data import Feeds, token_mask
+from .session import open_session, run_session, serialize_sharing_weights
+
+Array = npt.NDArray[Any]
+
+LOGITS = "logits"
+_CACHE_PREFIXES = ("present", "past")
+_MOST_REFERENCE_ELEMENTS = 1 << 26
+"""Of the dense outputs that are kept, 256 MiB in all: beyond, tokens at equal distances stand for all."""
+_DEQUANTIZE_ONCE = {"session.disable_quant_qdq": "1"}
+
+
+class WeightSensitivity:
+    """The dense outputs of a model on some samples, and how far changed weights move them.
+
+    Args:
+        model: not changed; its tensors are shared.
+        weights: names of the initializers that will be replaced, float32 or float16.
+        samples: complete feeds, one small batch each.
+
+    Raises:
+        InputError: there are no samples, no float outputs, or the dense outputs are not finite.
+        TargetError: onnxruntime rejects the graph.
+    """
+
+    def __init__(self, model: ir.Model, weights: Sequence[str], samples: Sequence[Feeds]) -> None:
+        if not samples:
+            raise InputError("sensitivities are measured on inputs, and there are none")
+        self._samples = samples
+        self._outputs = _measured_outputs(model)
+        self._dense = {name: np.ascontiguousarray(_constant(model, name).numpy()) for name in weights}
+        self._session, self._shared = _open(model, weights, self._outputs)
+        self._reference = [
+            {name: _kept_rows(array, feeds, len(samples)) for name, array in self._run(feeds, {}).items()}
+            for feeds in samples
+        ]
+        if not all(np.isfinite(rows).all() for kept in self._reference for rows in kept.values()):
+            raise InputError("the model's outputs on the calibration data are not finite")
+
+    def loss(self, changed: Mapping[str, Array]) -> float:
+        """The change of the outputs when ``changed`` weights replace their own; infinite if not finite."""
+        total: dict[str, list[tuple[float, float]]] = {name: [] for name in self._outputs}
+        for feeds, reference in zip(self._samples, self._reference, strict=True):
+            for name, array in self._run(feeds, changed).items():
+                rows = _kept_rows(array, feeds, len(self._samples))
+                measure = _divergence if name == LOGITS else _squared_error
+                total[name].append(measure(rows, reference[name]))
+        ratios = [_ratio(pairs) for pairs in total.values()]
+        mean = float(np.mean(ratios))
+        return max(mean, 0.0) if np.isfinite(mean) else float("inf")
+
+    def _run(self, feeds: Feeds, changed: Mapping[str, Array]) -> dict[str, Array]:
+        weights = {
+            name: np.ascontiguousarray(changed[name], dtype=dense.dtype) if name in changed else dense
+            for name, dense in self._dense.items()
+        }
+        return run_session(self._session, {**feeds, **weights})
+
+
+def first_samples(data: Sequence[Feeds], count: int) -> list[Feeds]:
+    """The first ``count`` samples of batches: whole batches, and the part of the last one that is needed."""
+    return list(_first_samples(data, count))
+
+
+def _first_samples(data: Sequence[Feeds], count: int) -> Iterator[Feeds]:
+    for feeds in data:
+        sizes = {array.shape[0] if array.ndim else None for array in feeds.values()}
+        (size,) = sizes if len(sizes) == 1 else (None,)
+        if count <= 0:
+            return
+        if size is None or size <= count:
+            yield feeds
+        else:
+            yield {name: array[:count] for name, array in feeds.items()}
+        count -= size or 1
+
+
+def _measured_outputs(model: ir.Model) -> list[str]:
+    """The logits if there are any; else every float output that is no cache."""
+    names = [str(value.name) for value in model.graph.outputs]
+    if LOGITS in names:
+        return [LOGITS]
+    found = [
+        str(value.name)
+        for value in model.graph.outputs
+        if value.dtype is not None
+        and value.dtype.is_floating_point()
+        and not str(value.name).startswith(_CACHE_PREFIXES)
+    ]
+    if not found:
+        raise InputError(f"sensitivities are measured on float outputs, the model has {names}")
+    return found
+
+
+def _constant(model: ir.Model, name: str) -> ir.TensorProtocol:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise InputError(f"the model has no constant weight {name!r}")
+    return value.const_value
+
+
+def _open(
+    model: ir.Model, weights: Sequence[str], outputs: Sequence[str]
+) -> tuple[onnxruntime.InferenceSession, Mapping[str, Array]]:
+    """A session whose inputs are the model's and ``weights``, and the arrays that it reads: keep them."""
+    copy = clone(model)
+    graph = copy.graph
+    for name in weights:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        if value not in graph.inputs:
+            graph.inputs.append(value)
+    kept = [value for value in graph.outputs if value.name in outputs]
+    graph.outputs[:] = kept
+    serialized, shared = serialize_sharing_weights(copy)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for key, entry in _DEQUANTIZE_ONCE.items():
+        options.add_session_config_entry(key, entry)
+    if shared:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
+        options.add_external_initializers(list(shared), values)
+    return open_session(serialized, options), shared
+
+
+def _kept_rows(array: Array, feeds: Feeds, batches: int) -> Array:
+    """[tokens, features] without padding; at most as many tokens as there is room for."""
+    rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+    mask = token_mask(feeds)
+    if mask is not None and mask.size == len(rows):
+        rows = rows[mask.reshape(-1)]
+    room = max(1, _MOST_REFERENCE_ELEMENTS // batches // rows.shape[-1])
+    if len(rows) <= room:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, room).round().astype(np.int64)]
+
+
+def _divergence(changed: Array, dense: Array) -> tuple[float, float]:
+    """Sum of KL(softmax(dense) ‖ softmax(changed)) over tokens, and the tokens; in float64."""
+    log_p, log_q = (
+        torch.log_softmax(torch.from_numpy(np.asarray(rows, np.float64)), dim=-1) for rows in (dense, changed)
+    )
+    return float((log_p.exp() * (log_p - log_q)).sum()), float(len(dense))
+
+
+def _squared_error(changed: Array, dense: Array) -> tuple[float, float]:
+    """‖changed − dense‖² and ‖dense‖², in float64."""
+    expected = np.asarray(dense, np.float64)
+    return float(np.square(changed - expected).sum()), float(np.square(expected).sum())
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    error = sum(pair[0] for pair in pairs)
+    size = sum(pair[1] for pair in pairs)
+    return error / size if size else error
