@@ -22,29 +22,79 @@ squared error.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from .quantized_weight import Floats, QuantizedWeight
+
+Doubles = npt.NDArray[np.float64]
 PAIR_LIMIT = 128
+CLIP_FACTORS = tuple(np.linspace(0.95, 0.4, 12))
+_BITS_WITH_ZERO_SEARCH = 3
+"""Up to here one step of the zero point is a large part of the range."""
 _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
-_CLIP_FACTORS = np.linspace(0.95, 0.5, 10)
 _PAIR_STEPS = (0.25, 0.5, 0.75, 1.0)
 """Of the way to the scale at which all pairs fit: more steps lower the error by less than 1 %."""
 
 
+class Format(Protocol):
+    """What a weight can be rounded to: points that a scale, and perhaps a zero point, stretch and shift.
+
+    Codes are what is stored, in a float array until `stored`. Scales and zero points of B rows are [N]; of a
+    whole weight, [K / B, N], scales float32 and storable as they are.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def block_size(self) -> int:
+        """Rows that share a scale; 0 for all."""
+
+    @property
+    def clip(self) -> bool:
+        """Whether scales are to err least instead of covering the largest weight."""
+
+    @property
+    def limit_pairs(self) -> bool:
+        """Whether adjacent rows must stay exact under 16-bit addition of products."""
+
+    def prepared(self, weight: Floats) -> Format:
+        """This format with what all of ``weight`` [K, N] shares."""
+
+    def trials(self, blocks: Floats, factors: Sequence[float]) -> Iterator[tuple[Floats, Floats | None]]:
+        """Scales and zero points [blocks, N] for ``blocks`` [blocks, B, N]: covering ones, then others.
+
+        ``factors`` are parts of the range that the others cover.
+        """
+
+    def codes(self, values: Any, scale: Any, zero: Any) -> Any:
+        """The codes of the points nearest to ``values``."""
+
+    def values(self, codes: Any, scale: Any, zero: Any) -> Any:
+        """What ``codes`` stand for."""
+
+    def storable(self, scale: Doubles) -> Floats:
+        """The scales nearest to ``scale`` that can be stored; blocks of zeros get 1."""
+
+    def stored(self, codes: npt.NDArray[Any], scale: Floats, zero: Floats | None) -> QuantizedWeight:
+        """Codes [K, N] with scales and zero points [K / B, N], in the types that they are stored in."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How a weight [K, N] is to be quantised.
+    """How a weight [K, N] is to be quantised: the `Format` of equally spaced points.
 
     Attributes:
         bits: 2 to 8.
         symmetric: without zero points.
         block_size: rows that share a scale, a divisor of K; 0 for all of them.
         scale_dtype: the float type that scales are stored in.
-        clip: look for the scale with the least squared error instead of covering the largest weight.
+        clip: look for the scale with the least error instead of covering the largest weight.
         limit_pairs: keep adjacent rows exact under 16-bit addition of products; for symmetric 8 bits.
     """
 
@@ -65,49 +115,93 @@ class Grid:
         """The largest integer of the grid."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
+    def prepared(self, weight: Floats) -> Grid:
+        """The grid itself: blocks share nothing."""
+        return self
 
-@dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
-    """Integers [K, N] (int8 or uint8) with their grid, [K / B, N], or [N] for one scale per channel."""
+    def trials(self, blocks: Floats, factors: Sequence[float]) -> Iterator[tuple[Floats, Floats | None]]:
+        """The covering grid; ranges smaller by ``factors``, with the zero points beside; pairs that fit."""
+        lowest, highest = blocks.min(axis=1), blocks.max(axis=1)
+        if self.symmetric:
+            covering = np.maximum(-lowest, highest) / self.highest
+        else:
+            covering = (np.maximum(highest, 0) - np.minimum(lowest, 0)) / self.highest
+        yield self._scale_and_zero(covering, lowest)
+        searches_zero = not self.symmetric and self.bits <= _BITS_WITH_ZERO_SEARCH
+        for factor in factors:
+            scale, zero = self._scale_and_zero(covering * np.float32(factor), lowest * np.float32(factor))
+            yield scale, zero
+            if zero is not None and searches_zero:
+                yield scale, np.maximum(zero - 1, self.lowest)
+                yield scale, np.minimum(zero + 1, self.highest)
+        if self.limit_pairs:
+            for step in _pair_growth(blocks, covering):
+                yield self._scale_and_zero(covering * step, lowest)
 
-    integers: npt.NDArray[Any]
-    scale: npt.NDArray[Any]
-    zero_point: npt.NDArray[Any] | None
+    def _scale_and_zero(self, scale: Floats, lowest: Floats) -> tuple[Floats, Floats | None]:
+        stored = self.storable(scale)
+        if self.symmetric:
+            return stored, None
+        zero = np.clip(np.rint(-np.minimum(lowest, 0) / stored), self.lowest, self.highest)
+        return stored, zero.astype(np.float32)
 
-    def columns(self, start: int, stop: int) -> QuantizedWeight:
-        """The part of output channels ``start`` to ``stop``: layers quantised as one come apart again."""
-        part = (..., slice(start, stop))
-        zero_point = None if self.zero_point is None else self.zero_point[part]
-        return QuantizedWeight(self.integers[part], self.scale[part], zero_point)
+    def storable(self, scale: npt.NDArray[np.floating[Any]]) -> Floats:
+        """The scales in their stored type; blocks of zeros get scale 1."""
+        smallest = _SMALLEST_NORMAL[self.scale_dtype.name]
+        stored = np.maximum(scale, smallest).astype(self.scale_dtype).astype(np.float32)
+        return np.where(scale > 0, stored, np.float32(1))
 
-    def dequantized(self) -> Floats:
-        """ŵ [K, N] float32."""
-        rows, columns = self.integers.shape
-        scale = np.atleast_2d(self.scale).astype(np.float32)
-        shape = (scale.shape[0], rows // scale.shape[0], columns)
-        values = self.integers.astype(np.float32).reshape(shape)
-        if self.zero_point is not None:
-            values -= np.atleast_2d(self.zero_point).astype(np.float32)[:, None]
-        return (values * scale[:, None]).reshape(rows, columns)
+    def codes(self, values: Any, scale: Any, zero: Any) -> Any:
+        """clamp(round(values / scale) + zero)."""
+        integers = np.rint(values / scale)
+        if zero is not None:
+            integers += zero
+        return np.clip(integers, self.lowest, self.highest, out=integers)
+
+    def values(self, codes: Any, scale: Any, zero: Any) -> Any:
+        """(codes − zero) · scale."""
+        return codes * scale if zero is None else (codes - zero) * scale
+
+    def stored(self, codes: npt.NDArray[Any], scale: Floats, zero: Floats | None) -> QuantizedWeight:
+        """int8 or uint8 codes, and zero points like them."""
+        dtype = np.int8 if self.symmetric else np.uint8
+        if self.block_size == 0:
+            scale, zero = scale[0], None if zero is None else zero[0]
+        return QuantizedWeight(
+            codes.astype(dtype),
+            scale.astype(self.scale_dtype),
+            None if zero is None else zero.astype(dtype),
+            self.bits,
+        )
 
 
-def fit(weight: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
-    """Scale and zero point, [K / B, N], that cover ``weight`` [K, N] or, with ``clip``, err least on it."""
+def fit(
+    weight: Floats,
+    grid: Format,
+    *,
+    covariance: Doubles | None = None,
+    factors: Sequence[float] | None = None,
+) -> tuple[Floats, Floats | None]:
+    """Scale and zero point, [K / B, N], that cover ``weight`` [K, N] or, with ``clip``, err least on it.
+
+    Args:
+        weight: [K, N].
+        grid: what it is to be rounded to.
+        covariance: [K, K] of the inputs. With it the error of a block is that of its part of the output,
+            eᵀ H e with the block's own part of H, else the sum of squares.
+        factors: parts of the range to try; by default `CLIP_FACTORS` where the grid asks for clipping.
+    """
     blocks = _blocks(weight, grid)
-    lowest, highest = blocks.min(axis=1), blocks.max(axis=1)
-    if grid.symmetric:
-        covering = np.maximum(-lowest, highest) / grid.highest
-    else:
-        covering = (np.maximum(highest, 0) - np.minimum(lowest, 0)) / grid.highest
-    best = _scale_and_zero(covering, lowest, grid)
-    factors = _factors(blocks, covering, grid)
-    if not factors:
-        return best
-    scale, zero = best
-    least = _squared_error(blocks, scale, zero, grid)
-    for factor in factors:
-        trial_scale, trial_zero = _scale_and_zero(covering * factor, lowest * np.minimum(factor, 1), grid)
-        error = _squared_error(blocks, trial_scale, trial_zero, grid)
+    if factors is None:
+        factors = CLIP_FACTORS if grid.clip else ()
+    trials = grid.trials(blocks, factors)
+    scale, zero = next(trials)
+    metric = None if covariance is None else _diagonal_blocks(covariance, blocks.shape[1])
+    least: npt.NDArray[Any] | None = None
+    for trial_scale, trial_zero in trials:
+        if least is None:
+            least = _error(blocks, scale, zero, grid, metric)
+        error = _error(blocks, trial_scale, trial_zero, grid, metric)
         better = error < least
         least = np.where(better, error, least)
         scale = np.where(better, trial_scale, scale)
@@ -115,60 +209,50 @@ def fit(weight: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
     return scale, zero
 
 
-def codes(
-    values: npt.NDArray[np.float64], scale: Floats, zero: Floats, grid: Grid
-) -> npt.NDArray[np.float64]:
-    """The integers nearest to ``values`` [N]; all float64, so that ties are those of the exact quotient."""
-    integers: npt.NDArray[np.float64] = np.rint(values / scale) + zero
-    return np.clip(integers, grid.lowest, grid.highest, out=integers)
-
-
-def round_to_grid(weight: Floats, scale: Floats, zero: Floats | None, grid: Grid) -> QuantizedWeight:
+def round_to_grid(weight: Floats, scale: Floats, zero: Floats | None, grid: Format) -> QuantizedWeight:
     """Round ``weight`` [K, N] to the nearest points of the grid, pairs within their limit if it has one."""
-    integers = _integers(_blocks(weight, grid), scale, zero, grid).reshape(weight.shape)
-    return quantized_weight(integers, scale, zero, grid)
+    codes = nearest_codes(_blocks(weight, grid), scale, zero, grid).reshape(weight.shape)
+    return grid.stored(codes, scale, zero)
 
 
-def quantized_weight(
-    integers: npt.NDArray[Any], scale: Floats, zero: Floats | None, grid: Grid
-) -> QuantizedWeight:
-    """Integers [K, N] with scale and zero point [K / B, N], all in the types that they are stored in."""
-    dtype = np.int8 if grid.symmetric else np.uint8
-    per_channel = grid.block_size == 0
-    return QuantizedWeight(
-        integers.astype(dtype),
-        (scale[0] if per_channel else scale).astype(grid.scale_dtype),
-        None if zero is None else (zero[0] if per_channel else zero).astype(dtype),
-    )
+def nearest_codes(blocks: Floats, scale: Floats, zero: Floats | None, grid: Format) -> Floats:
+    """Codes of ``blocks`` [blocks, B, N], pairs within their limit if the grid has one."""
+    codes: Floats = grid.codes(blocks, scale[:, None], None if zero is None else zero[:, None])
+    if grid.limit_pairs:
+        _limit_pairs(codes)
+    return codes
 
 
-def _blocks(weight: Floats, grid: Grid) -> Floats:
+def _blocks(weight: Floats, grid: Format) -> Floats:
     rows, columns = weight.shape
     block_size = grid.block_size or rows
     return weight.reshape(rows // block_size, block_size, columns)
 
 
-def _scale_and_zero(scale: Floats, lowest: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
-    """Round the scale to its stored type; blocks of zeros get scale 1."""
-    smallest = _SMALLEST_NORMAL[grid.scale_dtype.name]
-    stored = np.maximum(scale, smallest).astype(grid.scale_dtype).astype(np.float32)
-    stored = np.where(scale > 0, stored, np.float32(1))
-    if grid.symmetric:
-        return stored, None
-    zero = np.clip(np.rint(-np.minimum(lowest, 0) / stored), grid.lowest, grid.highest)
-    return stored, zero.astype(np.float32)
+def _diagonal_blocks(covariance: Doubles, size: int) -> Floats:
+    """[K / size, size, size] float32: what a block's error is weighted by."""
+    starts = range(0, len(covariance), size)
+    return np.stack([covariance[s : s + size, s : s + size] for s in starts]).astype(np.float32)
 
 
-def _factors(blocks: Floats, covering: Floats, grid: Grid) -> list[Floats]:
-    """Multiples of the covering scale worth a try: smaller ones clip, larger ones make pairs fit."""
-    factors = [np.float32(factor) * np.ones_like(covering) for factor in _CLIP_FACTORS if grid.clip]
-    if not grid.limit_pairs:
-        return factors
+def _error(
+    blocks: Floats, scale: Floats, zero: Floats | None, grid: Format, metric: Floats | None
+) -> npt.NDArray[Any]:
+    """What rounding costs each block, [blocks, N]."""
+    codes = nearest_codes(blocks, scale, zero, grid)
+    error = grid.values(codes, scale[:, None], None if zero is None else zero[:, None]) - blocks
+    weighted = error if metric is None else metric @ error
+    costs: npt.NDArray[Any] = np.einsum("bkn,bkn->bn", weighted, error)
+    return costs
+
+
+def _pair_growth(blocks: Floats, covering: Floats) -> list[Floats]:
+    """Multiples of the covering scale up to the one at which all pairs fit; none if they do already."""
     fitting = _pair_sums(blocks).max(axis=1, initial=0) / np.where(covering > 0, covering, 1) / PAIR_LIMIT
-    if fitting.max(initial=0) > 1:
-        growth = np.maximum(fitting, 1) - 1
-        factors += [1 + np.float32(step) * growth for step in _PAIR_STEPS]
-    return factors
+    if fitting.max(initial=0) <= 1:
+        return []
+    growth = np.maximum(fitting, 1) - 1
+    return [1 + np.float32(step) * growth for step in _PAIR_STEPS]
 
 
 def _pair_sums(blocks: Floats) -> Floats:
@@ -176,16 +260,6 @@ def _pair_sums(blocks: Floats) -> Floats:
     even, odd = blocks[:, 0 : blocks.shape[1] // 2 * 2 : 2], blocks[:, 1::2]
     same_sign: Floats = np.where(even * odd > 0, np.abs(even + odd), np.float32(0))
     return same_sign
-
-
-def _integers(blocks: Floats, scale: Floats, zero: Floats | None, grid: Grid) -> Floats:
-    integers: Floats = np.rint(blocks / scale[:, None])
-    if zero is not None:
-        integers += zero[:, None]
-    np.clip(integers, grid.lowest, grid.highest, out=integers)
-    if grid.limit_pairs:
-        _limit_pairs(integers)
-    return integers
 
 
 def _limit_pairs(integers: Floats) -> None:
@@ -198,11 +272,8 @@ def _limit_pairs(integers: Floats) -> None:
     odd -= sign * np.floor(excess / 2)
 
 
-def _squared_error(blocks: Floats, scale: Floats, zero: Floats | None, grid: Grid) -> Floats:
-    integers = _integers(blocks, scale, zero, grid)
-    if zero is not None:
-        integers -= zero[:, None]
-    integers *= scale[:, None]
-    integers -= blocks
-    squares: Floats = np.einsum("bkn,bkn->bn", integers, integers)
-    return squares
+def pair_bounds(partner: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Between which integers a weight may be whose pair has ``partner`` in the other row."""
+    return np.where(partner < 0, -PAIR_LIMIT - partner, -PAIR_LIMIT), np.where(
+        partner > 0, PAIR_LIMIT - partner, PAIR_LIMIT - 1
+    )

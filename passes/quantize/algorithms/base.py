@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..grid import Floats, Grid, QuantizedWeight
+from ..grid import Floats, Format
+from ..quantized_weight import QuantizedWeight
 
 Remark = Callable[[str], None]
 """Takes one sentence about the layer at hand."""
@@ -38,7 +39,7 @@ class Algorithm(Protocol):
     needs_prefix_error: ClassVar[bool]
 
     def __call__(
-        self, weight: Floats, grid: Grid, statistics: LayerStatistics | None, remark: Remark
+        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N] float32, finite, to ``grid``; K is a multiple of the block size.
 

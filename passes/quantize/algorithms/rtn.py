@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from ..grid import Floats, Grid, QuantizedWeight, fit, round_to_grid
+from ..grid import Floats, Format, fit, round_to_grid
+from ..quantized_weight import QuantizedWeight
 from .base import LayerStatistics, Remark
 
 
@@ -17,13 +18,14 @@ class RoundToNearest:
     needs_prefix_error: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Floats, grid: Grid, statistics: LayerStatistics | None, remark: Remark
+        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N]; statistics are not looked at."""
         return round_to_nearest(weight, grid)
 
 
-def round_to_nearest(weight: Floats, grid: Grid) -> QuantizedWeight:
+def round_to_nearest(weight: Floats, grid: Format) -> QuantizedWeight:
     """Quantise ``weight`` [K, N] by rounding."""
+    grid = grid.prepared(weight)
     scale, zero = fit(weight, grid)
     return round_to_grid(weight, scale, zero, grid)

@@ -1,0 +1,45 @@
+"""The loop of GPTQ: each row is rounded where it makes up for the errors of the rows before it.
+
+With H = R Rᵀ, R upper triangular, the error is Σ_j ‖Σ_{i≤j} R_ij e_i‖², e = W − Ŵ, so given the rows before it,
+row j does best as the nearest point to
+
+    w̃_j = w_j + Σ_{i<j} (R_ij / R_jj) e_i .
+
+These are the integers of the published recurrence (e'_j = (w̃_j − ŵ_j) / U_jj, W_{>j} −= U_{j,>j} e'_j with
+H⁻¹ = Uᵀ U, so R = U⁻¹) without inverting H. Each block of rows gets the errors of all rows before it by one
+matrix product; only inside a block one row follows the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .curvature import Curvature
+from .rounding import Rounding
+
+
+def round_with_feedback(
+    rounding: Rounding, curvature: Curvature, *, block_size: int, fits_groups: bool
+) -> None:
+    """Round all rows once, in the order of ``curvature``.
+
+    Args:
+        rounding: what to round; its rows change in place.
+        curvature: of the output error.
+        block_size: rows that are updated by one matrix product.
+        fits_groups: fit each group's grid to its updated rows; the order must be the natural one.
+    """
+    order, root = curvature.order, curvature.root
+    feedback = root / np.diag(root)
+    target = rounding.target[order]
+    errors = np.zeros_like(target)
+    step = rounding.group_size if fits_groups else block_size
+    for start in range(0, len(order), step):
+        block = slice(start, min(start + step, len(order)))
+        updated = target[block] + feedback[:start, block].T @ errors[:start]
+        if fits_groups:
+            part = root[block, block]
+            rounding.fit_group(start // step, updated, part @ part.T)
+        for row in range(start, block.stop):
+            value = updated[row - start] + feedback[start:row, row] @ errors[start:row]
+            errors[row] = target[row] - rounding.round_row(int(order[row]), value)
