@@ -1,0 +1,141 @@
+"""The pipelines whose quality is measured: data, one row each.
+
+Everything is quantised but lm_head and the embeddings. Text of a pipeline has ``$grid`` where the scheme,
+group size and symmetry go, so that passes that search for the same grid are given the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from typing import Literal
+
+MODEL, TWIN = "model", "outlier twin"
+RTN, GPTQ, ROTATED_GPTQ, LEARNED_GPTQ = "RTN", "GPTQ", "rotate + GPTQ", "learned + GPTQ"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pipeline on one model.
+
+    Attributes:
+        section: the table that the row is in.
+        scheme: as the table shows it.
+        method: as the table shows it.
+        passes: the pipeline behind ``canonicalize``, as text.
+        subject: the model or its outlier twin.
+    """
+
+    section: str
+    scheme: str
+    method: str
+    passes: str
+    subject: Literal["model", "outlier twin"] = MODEL
+
+    @property
+    def key(self) -> str:
+        """A unique name."""
+        return f"{self.subject}: {self.scheme}: {self.method}"
+
+    @property
+    def rtn_key(self) -> str:
+        """The row whose gap to the dense model this one closes a share of."""
+        return f"{self.subject}: {self.scheme}: {RTN}"
+
+
+_QUANTIZE = "quantize{$grid,embeddings=false"
+_AWQ = "scale{method=awq,$grid}"
+_ROTATE = "fold-norms,rotate{rotations=[R1,R2,R4],kind=random-hadamard}"
+_LEARNED = "fold-norms,rotate{rotations=[R1,R2,R4],kind=learned}"
+
+WEIGHT_METHODS = {
+    RTN: _QUANTIZE + ",clip=false}",
+    "RTN clip": _QUANTIZE + ",clip=true}",
+    GPTQ: _QUANTIZE + ",algorithm=gptq}",
+    "GPTAQ": _QUANTIZE + ",algorithm=gptaq}",
+    "AWQ + GPTQ": f"{_AWQ},{_QUANTIZE},algorithm=gptq}}",
+}
+SYMMETRIC_METHODS = {name: WEIGHT_METHODS[name] for name in (RTN, "RTN clip", GPTQ)}
+ACTIVATION_METHODS = {
+    RTN: _QUANTIZE + "}",
+    GPTQ: _QUANTIZE + ",algorithm=gptq}",
+    "rotate + RTN": f"{_ROTATE},{_QUANTIZE}}}",
+    ROTATED_GPTQ: f"{_ROTATE},{_QUANTIZE},algorithm=gptq}}",
+    LEARNED_GPTQ: f"{_LEARNED},{_QUANTIZE},algorithm=gptq}}",
+}
+GROUPS = {"per channel": -1, "g64": 64, "g32": 32}
+
+
+def _grid(scheme: str, group_size: int) -> str:
+    return f"scheme={scheme},group_size={group_size}"
+
+
+def _rows(section: str, scheme: str, grid: str, methods: dict[str, str], subject: str = MODEL) -> list[Row]:
+    return [
+        Row(
+            section=section,
+            scheme=scheme,
+            method=method,
+            passes=string.Template(text).substitute(grid=grid),
+            subject=subject,  # type: ignore[arg-type]
+        )
+        for method, text in methods.items()
+    ]
+
+
+def weight_rows() -> list[Row]:
+    """Weights only: bits, groups and algorithms."""
+    rows = _rows("Weights", "W8A16", _grid("W8A16_ASYM", -1), {RTN: WEIGHT_METHODS[RTN]})
+    for bits in (4, 3, 2):
+        for group, size in GROUPS.items():
+            grid = _grid(f"W{bits}A16_ASYM", size)
+            rows += _rows("Weights", f"W{bits}A16 {group}", grid, WEIGHT_METHODS)
+    for bits in (4, 3):
+        for group, size in GROUPS.items():
+            grid = _grid(f"W{bits}A16", size)
+            rows += _rows("Symmetric weights", f"W{bits}A16 {group} symmetric", grid, SYMMETRIC_METHODS)
+    return rows
+
+
+def side_matrix_rows() -> list[Row]:
+    """Two bits with something beside the integers: outliers, or a low-rank residual."""
+    section = "Two bits and a side matrix"
+    rows = []
+    for group, size in (("g16", 16), ("g32", 32), ("g64", 64)):
+        grid = _grid("W2A16_ASYM", size)
+        spqr = {f"SpQR {group}": _QUANTIZE + ",algorithm=spqr}"}
+        rows += _rows(section, "W2A16", grid, spqr)
+    for group, size in (("per channel", -1), ("g64", 64)):
+        grid = _grid("W2A16_ASYM", size)
+        for rank in (2, 4, 8, 16):
+            text = f"{_QUANTIZE},algorithm=gptq,compensate_rank={rank}}}"
+            rows += _rows(section, "W2A16", grid, {f"GPTQ {group} + EoRA rank {rank}": text})
+    return rows
+
+
+def activation_rows() -> list[Row]:
+    """Weights and activations, on the model and on its outlier twin."""
+    return [
+        row
+        for subject in (MODEL, TWIN)
+        for scheme in ("W4A8", "W4A4")
+        for row in _rows(
+            "Weights and activations", scheme, _grid(scheme, -1), ACTIVATION_METHODS, subject=subject
+        )
+    ]
+
+
+DECODER_ROWS = (*weight_rows(), *side_matrix_rows(), *activation_rows())
+
+W4_GPTQ, W8_GOAL = "W4A16 GPTQ", "W8A8 per token"
+SENTENCE_PIPELINES = {
+    "W4A16 RTN": "canonicalize,fuse,quantize{scheme=W4A16_ASYM,group_size=32}",
+    W4_GPTQ: "canonicalize,fuse,quantize{scheme=W4A16_ASYM,group_size=32,algorithm=gptq}",
+    "W8A8 per tensor": "canonicalize,fuse,quantize{scheme=W8A8,reduce_range=true}",
+    "W8A8 per tensor GPTQ": "canonicalize,fuse,quantize{scheme=W8A8,reduce_range=true,algorithm=gptq}",
+    "W8A8 per tensor SmoothQuant": (
+        "canonicalize,scale{method=smoothquant},fuse,quantize{scheme=W8A8,reduce_range=true}"
+    ),
+    W8_GOAL: "canonicalize,fuse,quantize{scheme=W8A8,activations=token,reduce_range=true}",
+}
+"""By name. ``reduce_range`` asks for the grid of processors without VNNI, the coarser one."""
