@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.errors import TargetError
 from ..microbenchmark import Feeds
-from .float_weights import FLOAT_KERNEL, emit_cast, emit_dequantized, emit_product
+from .float_weights import FLOAT_KERNEL, FOLD_AT_LOAD
 from .graph_builder import CONTRIB, GraphBuilder
 from .kernel import Kernel
 from .linear_op import constant_of
@@ -154,29 +154,9 @@ def _emit_body(build: GraphBuilder, op: EncodedOp) -> ir.Value:
     return build.planish(node, definition)
 
 
-def _emit_at_load(build: GraphBuilder, op: EncodedOp) -> ir.Value:
-    """The body, where it is a constant expression; ``DequantizeLinear`` spelt out where it is not."""
-    if op.spec.overload.startswith(("codebook", "bilevel")):
-        return _emit_body(build, op)
-    dtype = ir.DataType[op.spec.dtype]
-    shape = (op.spec.in_features, op.spec.out_features)
-    weight = emit_dequantized(
-        build,
-        op.operand("W"),
-        op.operand("scale"),
-        ops.operand(op.node, "zero_point"),
-        shape=shape,
-        block_size=op.spec.block_size,
-        dtype=dtype,
-    )
-    if ops.operand(op.node, "outlier_gaps") is not None:
-        gaps = emit_cast(build, op.operand("outlier_gaps"), ir.DataType.INT64)
-        positions = build.op("CumSum", gaps, build.constant(np.array(0, np.int64), "position_axis"))
-        flat = build.op("Reshape", weight, build.constant(np.array([-1], np.int64), "flat"))
-        values = emit_cast(build, op.operand("outlier_values"), dtype)
-        mixed = build.op("ScatterElements", flat, positions, values, axis=0)
-        weight = build.op("Reshape", mixed, build.constant(np.array(shape, np.int64), "shape"))
-    return emit_product(build, op.x, weight, ops.operand(op.node, "bias"))
+def _dequantizes(op: EncodedOp) -> bool:
+    """Whether the body has a ``DequantizeLinear``; the others are folded whatever the session says."""
+    return not op.spec.overload.startswith(("codebook", "bilevel"))
 
 
 def _is_nf4(codebook: ir.Value | None) -> bool:
@@ -218,8 +198,11 @@ def _emit_bnb4(build: GraphBuilder, op: EncodedOp) -> ir.Value:
     return product if bias is None else build.op("Add", product, bias)
 
 
-ENCODED_BODY: Kernel[EncodedOp] = Kernel("body", lambda op: True, _emit_body)
+ENCODED_BODY: Kernel[EncodedOp] = Kernel("body", _dequantizes, _emit_body)
 ENCODED_KERNELS: tuple[Kernel[EncodedOp], ...] = (
     Kernel("MatMulBnb4", _takes_bnb4, _emit_bnb4),
-    Kernel(FLOAT_KERNEL, lambda op: True, _emit_at_load),
+    Kernel(FLOAT_KERNEL, lambda op: not _dequantizes(op), _emit_body),
+    Kernel(FLOAT_KERNEL, _dequantizes, _emit_body, FOLD_AT_LOAD),
 )
+UNFOLDED_KERNELS = (*(kernel for kernel in ENCODED_KERNELS if not kernel.session_options), ENCODED_BODY)
+"""For sessions that must not fold: the body dequantises at every run."""

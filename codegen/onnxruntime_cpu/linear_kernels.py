@@ -18,7 +18,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from . import integer_kernels as integer
-from .float_weights import FLOAT_KERNEL, emit_dequantized, emit_product
+from .float_weights import FLOAT_KERNEL, FOLD_AT_LOAD, emit_dequantized, emit_product
 from .graph_builder import GraphBuilder
 from .kernel import Kernel
 from .linear_op import LinearOp
@@ -30,16 +30,7 @@ _WIDEST_SMALL = 4
 
 
 def _emit_float(build: GraphBuilder, op: LinearOp) -> ir.Value:
-    spec = op.spec
-    weight = emit_dequantized(
-        build,
-        op.weight,
-        op.scale,
-        op.zero_point,
-        shape=(spec.in_features, spec.out_features),
-        block_size=spec.block_size,
-        dtype=ir.DataType[spec.dtype],
-    )
+    weight = emit_dequantized(build, op.weight, op.scale, op.zero_point, op.spec.block_size)
     return emit_product(build, op.x, weight, op.bias)
 
 
@@ -104,12 +95,7 @@ def _takes_nbits_on_grid(op: LinearOp) -> bool:
     return op.spec.activations == "token" and op.spec.block_size > 0 and nbits_block_size(op) is not None
 
 
-def _is_static(op: LinearOp) -> bool:
-    return op.spec.activations == "static"
-
-
 LINEAR_BODY: Kernel[LinearOp] = Kernel("body", lambda op: True, _emit_body)
-QDQ = "QuantizeLinear, DequantizeLinear, MatMul"
 LINEAR_KERNELS: tuple[Kernel[LinearOp], ...] = (
     Kernel("DynamicQuantizeMatMul", _per_channel("tensor"), integer.emit_dynamic),
     Kernel(
@@ -142,7 +128,6 @@ LINEAR_KERNELS: tuple[Kernel[LinearOp], ...] = (
         _per_channel("static", signed=True),
         integer.emit_static_unsigned,
     ),
-    Kernel(QDQ, _is_static, _emit_body),
     Kernel("MatMulNBits accuracy 4", _takes_nbits, emit_nbits(4)),
     Kernel("MatMulNBits accuracy 0", _takes_nbits, emit_nbits(0)),
     Kernel(
@@ -151,6 +136,8 @@ LINEAR_KERNELS: tuple[Kernel[LinearOp], ...] = (
     Kernel(
         "activations on their grid + MatMulNBits accuracy 0", _takes_nbits_on_grid, _on_grid(emit_nbits(0))
     ),
-    Kernel(f"activations on their grid + {FLOAT_KERNEL}", _has_grid_in_float, _on_grid(_emit_float)),
-    Kernel(FLOAT_KERNEL, _takes_float, _emit_float),
+    Kernel(
+        f"activations on their grid + {FLOAT_KERNEL}", _has_grid_in_float, _on_grid(_emit_float), FOLD_AT_LOAD
+    ),
+    Kernel(FLOAT_KERNEL, _takes_float, _emit_float, FOLD_AT_LOAD),
 )

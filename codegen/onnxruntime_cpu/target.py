@@ -17,16 +17,16 @@ from ..linear_format import LinearFormat
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from . import costs
-from .conv import CONV_KERNEL, CONV_REASON, emit_conv
 from .encoded_linear import (
     ENCODED_BODY,
     ENCODED_KERNELS,
+    UNFOLDED_KERNELS,
     EncodedOp,
     EncodedSpec,
     encoded_op,
     is_encoded,
 )
-from .float_weights import FLOAT_KERNEL
+from .float_weights import CONV_KERNEL, FLOAT_KERNEL, FOLD_AT_LOAD
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
 from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
 from .graph_builder import CONTRIB, GraphBuilder
@@ -75,7 +75,7 @@ class OnnxruntimeCpu(Target):
             TargetError: an op that no kernel of this onnxruntime runs within ``max_error``.
         """
         bound = clone(model)
-        binder = _Binder(bound, self._chooser())
+        binder = _Binder(bound, self._chooser(), may_fold=not _has_quantization_of_its_own(bound))
         for node in list(bound.graph.all_nodes()):
             binder.bind(node)
         ops.inline(bound)
@@ -104,12 +104,25 @@ class OnnxruntimeCpu(Target):
         return Chooser(Microbenchmark(self.threads), self.rows, self.max_error)
 
 
+def _has_quantization_of_its_own(model: ir.Model) -> bool:
+    """Quantised by someone else: folding DequantizeLinear at load would undo what onnxruntime makes of it."""
+    return any(
+        node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for node in model.graph.all_nodes()
+    )
+
+
 class _Binder:
     """Replaces nodes and remembers what it chose; ops of equal size are chosen for once."""
 
-    def __init__(self, model: ir.Model, chooser: Chooser) -> None:
+    def __init__(self, model: ir.Model, chooser: Chooser, *, may_fold: bool) -> None:
         self.model = model
         self.chooser = chooser
+        self.may_fold = may_fold
+        self.linear_kernels = tuple(
+            kernel for kernel in LINEAR_KERNELS if may_fold or kernel.session_options != FOLD_AT_LOAD
+        )
+        self.encoded_kernels = ENCODED_KERNELS if may_fold else UNFOLDED_KERNELS
         self.bindings: list[Binding] = []
         self.session_options: dict[str, str] = {}
         self._layer_names: set[str] = set()
@@ -139,7 +152,7 @@ class _Binder:
         spec = op.spec.timed()
         choice = self._linear_choices.get(spec)
         if choice is None:
-            choice = self.chooser.choose(made_up_op(spec), LINEAR_KERNELS, LINEAR_BODY, FLOAT_KERNEL)
+            choice = self.chooser.choose(made_up_op(spec), self.linear_kernels, LINEAR_BODY, FLOAT_KERNEL)
             self._linear_choices[spec] = choice
         self._replace(node, op, choice)
 
@@ -147,15 +160,17 @@ class _Binder:
         op = encoded_op(node)
         choice = self._encoded_choices.get(op.spec)
         if choice is None:
-            choice = self.chooser.choose(op.timed(), ENCODED_KERNELS, ENCODED_BODY, FLOAT_KERNEL)
+            choice = self.chooser.choose(op.timed(), self.encoded_kernels, ENCODED_BODY, FLOAT_KERNEL)
             self._encoded_choices[op.spec] = choice
         self._replace(node, op, choice)
 
     def _bind_conv(self, node: ir.Node) -> None:
-        build = GraphBuilder(self._layer_name(node))
-        emit_conv(build, node)
-        self._record(node, CONV_KERNEL, CONV_REASON)
-        self._insert(node, build)
+        """Leave the body to be inlined: integer convolutions would need quantised activations."""
+        if self.may_fold:
+            self.session_options |= FOLD_AT_LOAD
+            self._record(node, CONV_KERNEL, "the only kernel of float activations")
+        else:
+            self._record(node, "body", "folding at load would undo the model's own QDQ nodes")
 
     def _bind_gather(self, node: ir.Node) -> None:
         op = gather_op(node)

@@ -12,7 +12,7 @@ import pytest
 from planish.codegen import get_target, microbenchmark
 from planish.codegen.onnxruntime_cpu import kernel as kernel_module
 from planish.codegen.onnxruntime_cpu.encoded_linear import ENCODED_BODY, ENCODED_KERNELS, NF4, encoded_op
-from planish.codegen.onnxruntime_cpu.float_weights import FLOAT_KERNEL
+from planish.codegen.onnxruntime_cpu.float_weights import CONV_KERNEL, FLOAT_KERNEL, FOLD_AT_LOAD
 from planish.ir import ops
 from planish.ir.errors import TargetError
 
@@ -105,6 +105,13 @@ def layer(form, has_bias=True, block_size=16, dtype=np.float32, rank=3):
 FORMS = ("nf4", "fp4", "mxfp4", "float8", "outliers", "bilevel", "bilevel outliers")
 
 
+def session_options(bound):
+    options = onnxruntime.SessionOptions()
+    for key, value in bound.session_options.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
 def run(model, x, options=None):
     options = options or onnxruntime.SessionOptions()
     serialized = ir.to_proto(model).SerializeToString()
@@ -121,8 +128,10 @@ def test_kernels_compute_the_op(form, has_bias):
     model, weight, bias = layer(form, has_bias)
     op = encoded_op(model.graph.node(0)).timed()
     x = np.random.default_rng(1).standard_normal((1, 5, K)).astype(np.float32)
-    kernels = [kernel for kernel in (*ENCODED_KERNELS, ENCODED_BODY) if kernel.applies(op)]
-    assert len(kernels) == (3 if form == "nf4" else 2)
+    kernels = [*(kernel for kernel in ENCODED_KERNELS if kernel.applies(op)), ENCODED_BODY]
+    assert {kernel.name for kernel in kernels} == {FLOAT_KERNEL, "body"} | (
+        {BNB4.name} if form == "nf4" else set()
+    )
     for kernel in kernels:
         actual = run(kernel_module._candidate(op, kernel).model, x)
         assert relative(actual, x.astype(np.float64) @ weight + bias) < FLOAT32_ROUNDING, kernel.name
@@ -137,9 +146,10 @@ def test_bound_and_portable_models_dequantise_at_load(form, rank, tmp_path):
     x = np.random.default_rng(2).standard_normal((2, 3, K)[-rank:]).astype(np.float32)
     for target in ("onnxruntime-cpu", "portable"):
         bound = get_target(target).bind(model)
-        assert not bound.session_options
+        dequantizes = form in ("float8", "outliers")
+        assert dict(bound.session_options) == (FOLD_AT_LOAD if dequantizes and target != "portable" else {})
         (binding,) = bound.bindings
-        options = onnxruntime.SessionOptions()
+        options = session_options(bound)
         options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
         session = onnxruntime.InferenceSession(
             ir.to_proto(bound.model).SerializeToString(), options, ["CPUExecutionProvider"]
@@ -148,9 +158,9 @@ def test_bound_and_portable_models_dequantise_at_load(form, rank, tmp_path):
         assert relative(actual, x.astype(np.float64) @ weight + bias) < FLOAT32_ROUNDING
         events = json.loads((tmp_path / session.end_profiling()).read_text())
         executed = {event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")}
-        dequantises = target == "portable" and form in ("float8", "outliers")
-        assert ("DequantizeLinear" in executed) == dequantises
-        assert dequantises or executed <= {"MatMul", "Gemm", "Add", "MatMulBnb4"}
+        at_every_run = dequantizes and target == "portable"
+        assert ("DequantizeLinear" in executed) == at_every_run
+        assert at_every_run or executed <= {"MatMul", "Gemm", "Add", "MatMulBnb4"}
         assert binding.kernel in (("body",) if target == "portable" else (FLOAT_KERNEL, BNB4.name))
     assert ir.to_proto(model).SerializeToString() == before
 
@@ -258,7 +268,7 @@ def test_convolutions_dequantise_at_load(bits, signed, has_bias, tmp_path):
     expected = run(model, x, as_written)
     bound = get_target("onnxruntime-cpu").bind(model)
     assert {node.domain for node in bound.model.graph} == {""}
-    options = onnxruntime.SessionOptions()
+    options = session_options(bound)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     # The same float32 steps, but Conv may add its products in another order once it is optimised.
     assert relative(run(bound.model, x, options), expected.astype(np.float64)) < FLOAT32_ROUNDING
@@ -266,12 +276,38 @@ def test_convolutions_dequantise_at_load(bits, signed, has_bias, tmp_path):
     assert not optimized & {"DequantizeLinear", "Cast", "Mul", "Sub"}
     (binding,) = bound.bindings
     assert (binding.node, binding.op) == ("layer", "planish::QuantizedConv")
-    assert "every run" in binding.reason
+    assert binding.kernel == CONV_KERNEL
 
 
 def test_convolutions_in_float16():
     model = convolution(8, True, True, np.float16)
     x = np.random.default_rng(5).standard_normal((2, 4, 9, 7)).astype(np.float16)
-    actual = run(get_target("onnxruntime-cpu").bind(model).model, x)
-    expected = run(get_target("portable").bind(model).model, x)
+    bound = get_target("onnxruntime-cpu").bind(model)
+    actual, expected = run(bound.model, x, session_options(bound)), run(model, x)
     assert relative(actual, expected.astype(np.float64)) < FLOAT16_ROUNDING
+
+
+def with_quantization_of_its_own(model):
+    tensors = [ir.tensor(np.ones(3, np.int8), name="q"), ir.tensor(np.array(1, np.float32), name="s")]
+    operands = [ir.val(tensor.name, const_value=tensor) for tensor in tensors]
+    own = ir.node("DequantizeLinear", operands, name="own")
+    own.outputs[0].name = "own"
+    for value in operands:
+        model.graph.register_initializer(value)
+    model.graph.append(own)
+    model.graph.outputs.append(own.outputs[0])
+    return model
+
+
+@pytest.mark.parametrize("form", ["float8", "outliers", "fp4", "convolution"])
+def test_a_model_with_quantisation_of_its_own_is_not_folded(form):
+    """Folding at load is a property of the whole session: it would undo the model's own QDQ nodes."""
+    if form == "convolution":
+        model, x = convolution(8, True, True), np.ones((2, 4, 9, 7), np.float32)
+    else:
+        model, x = layer(form)[0], np.ones((2, 3, K), np.float32)
+    expected = run(model, x)
+    bound = get_target("onnxruntime-cpu").bind(with_quantization_of_its_own(model))
+    assert not bound.session_options
+    assert bound.bindings[0].kernel == (FLOAT_KERNEL if form == "fp4" else "body")
+    assert relative(run(bound.model, x), expected.astype(np.float64)) < FLOAT32_ROUNDING

@@ -58,7 +58,7 @@ PACKING_CASES = [
     if FLOAT_KERNEL not in kernel.name and kernel.applies(made_up_op(spec))
 ]
 # Weight and zero point among the inputs of the nodes that multiply integers.
-OPERANDS = {"MatMulIntegerToFloat": (1, 5), "DynamicQuantizeMatMul": (1, 3), "StaticQuantizedLinear": (1, 3)}
+OPERANDS = {"MatMulIntegerToFloat": (1, 5), "DynamicQuantizeMatMul": (1, 3)}
 
 
 def values_of(value):
