@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.printer import SCOPES_KEY
 from .hadamard import KroneckerHadamard
-from .vectors import Vector, VectorFunction, change, reason_not_to_change
+from .vectors import Vector, VectorFunction, changed, reason_not_to_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Change:
         name: the layer or stream that it is for.
         edits: of constants.
         online: transforms that run with the model.
+        beside: the linears whose time theirs is compared with.
         remarks: what to say about it if it is made.
     """
 
@@ -63,6 +65,7 @@ class Change:
     name: str
     edits: tuple[Edit, ...] = ()
     online: tuple[Online, ...] = ()
+    beside: tuple[ir.Node, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -74,10 +77,26 @@ class Change:
         """Why the constants cannot be changed; None if they can."""
         return next(filter(None, (reason_not_to_change(set(edit.vectors)) for edit in self.edits)), None)
 
-    def make(self, model: ir.Model) -> None:
-        """Change the constants and the graph, in place."""
-        for edit in self.edits:
-            change(edit.vectors, edit.function)
+    def tensors(self) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+        """Every constant with what it becomes, one at a time; nothing is written."""
+        steps: dict[ir.Value, dict[tuple[int, int], tuple[int, VectorFunction]]] = {}
+        for position, edit in enumerate(self.edits):
+            for vector in edit.vectors:
+                # A constant that several nodes share turns once.
+                steps.setdefault(vector.value, {})[position, vector.axis] = (vector.axis, edit.function)
+        for value, functions in steps.items():
+            tensor = value.const_value
+            assert tensor is not None
+            for axis, function in functions.values():
+                tensor = changed(tensor, axis, function)
+            yield value, tensor
+
+    def make(
+        self, model: ir.Model, tensors: Iterable[tuple[ir.Value, ir.TensorProtocol]] | None = None
+    ) -> None:
+        """Change the constants and the graph, in place; ``tensors`` stands for `tensors` if it is watched."""
+        for value, tensor in self.tensors() if tensors is None else tensors:
+            value.const_value = tensor
         for online in self.online:
             _insert(model, online)
 

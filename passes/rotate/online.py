@@ -38,7 +38,8 @@ def key_rotations(model: ir.Model) -> tuple[list[Change], list[Skipped]]:
             continue
         transform = kronecker_hadamard(block.head_size)
         online = (Online(block.node, 0, transform), Online(block.node, 1, transform))
-        changes.append(Change("R3", name, online=online, remarks=_remarks(transform)))
+        beside = tuple(dict.fromkeys(each.node for each in (block.q, block.k) if each is not None))
+        changes.append(Change("R3", name, online=online, beside=beside, remarks=_remarks(transform)))
     return changes, skipped
 
 
@@ -79,7 +80,8 @@ def _down_rotation(linear: Linear) -> Change:
         return transform.apply(vectors) / length
 
     edit = Edit((Vector(linear.node, 1, -1 if linear.transposed else 0),), apply, reads=True)
-    return Change("R4", linear.name, (edit,), (Online(linear.node, 0, transform),), _remarks(transform))
+    online = Online(linear.node, 0, transform)
+    return Change("R4", linear.name, (edit,), (online,), (linear.node,), _remarks(transform))
 
 
 def _down_projections(model: ir.Model) -> Iterator[Linear]:

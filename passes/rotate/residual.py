@@ -20,8 +20,8 @@ from .change import Change, Edit
 from .streams import Stream, is_norm, is_weightless, norm_name, trace_stream
 from .vectors import VectorFunction
 
-Draw = Callable[[int], tuple[VectorFunction, tuple[str, ...]]]
-"""A rotation of so many features, and remarks about it."""
+Draw = Callable[[int, str], tuple[VectorFunction, tuple[str, ...]]]
+"""A rotation of so many features for the change of that label, and remarks about it."""
 
 
 def residual_rotations(model: ir.Model, draw: Draw) -> tuple[list[Change], list[Skipped]]:
@@ -33,7 +33,7 @@ def residual_rotations(model: ir.Model, draw: Draw) -> tuple[list[Change], list[
         if reason is not None:
             skipped.append(Skipped(f"R1 {name}", reason))
             continue
-        function, remarks = draw(stream.width)
+        function, remarks = draw(stream.width, f"R1 {name}")
         edits = (
             Edit(tuple(dict.fromkeys(stream.writers)), function, reads=False),
             Edit(tuple(dict.fromkeys(stream.readers)), function, reads=True),

@@ -27,21 +27,18 @@ from .residual import Draw
 from .vectors import Vector, VectorFunction, Vectors
 
 
-def value_rotations(
-    model: ir.Model, draws: Sequence[Draw] | Draw, *, across_heads: bool
-) -> tuple[list[Change], list[Skipped]]:
+def value_rotations(model: ir.Model, draw: Draw, *, across_heads: bool) -> tuple[list[Change], list[Skipped]]:
     """R2 for every attention that allows it, and why others do not.
 
     Args:
         model: not changed.
-        draws: gives the rotation of a head; one for all layers or one for each attention.
+        draw: gives the rotation of a head, the same for all heads of an attention.
         across_heads: add the online transform.
     """
     changes: list[Change] = []
     skipped: list[Skipped] = []
     found = linears(model)
-    for index, block in enumerate(attentions(model)):
-        draw = draws[index] if isinstance(draws, Sequence) else draws
+    for block in attentions(model):
         change = _value_rotation(block, found, draw, across_heads)
         name = str(block.node.name) if block.v is None else block.v.name
         if isinstance(change, str):
@@ -64,7 +61,7 @@ def _value_rotation(
         return str(reason)
     if len(rows) % len(columns) or rows.shape[1] != columns.shape[1]:
         return f"values have {columns.shape} heads and channels, the output projection {rows.shape}"
-    function, remarks = draw(columns.shape[1])
+    function, remarks = draw(columns.shape[1], f"R2 {value.name}")
     written = [_along_output(value)]
     if value.bias is not None and value.bias_node is not None:
         written.append(Vector(value.bias_node, list(value.bias_node.inputs).index(value.bias), -1))
@@ -78,7 +75,7 @@ def _value_rotation(
             return "the heads of the output projection's input are not in order"
         online = (_across(output, *rows.shape),)
         edits.append(_undone(output, online[0]))
-    change = Change("R2", value.name, tuple(edits), online, remarks)
+    change = Change("R2", value.name, tuple(edits), online, (output.node,) if online else (), remarks)
     return change.reason_not_to_make() or change
 
 

@@ -81,7 +81,7 @@ def read_array(value: ir.Value) -> npt.NDArray[np.float64]:
         raise PassError(f"{value.name!r} is not constant")
     array = np.array(tensor.numpy(), dtype=np.float64)
     release(tensor)
-    _check_finite(array, value)
+    _check_finite(array, tensor)
     return array
 
 
@@ -98,34 +98,31 @@ def projections(vector: Vector, direction: Vectors) -> Vectors:
     return result
 
 
-def changed(vector: Vector, function: VectorFunction) -> ir.TensorProtocol:
-    """The constant with ``function`` applied to its vectors, in its own dtype; nothing is written.
+def changed(tensor: ir.TensorProtocol, axis: int, function: VectorFunction) -> ir.TensorProtocol:
+    """The tensor with ``function`` applied to its vectors in float64, rounded to its own dtype.
 
     Raises:
         PassError: it holds NaN or an infinity, or would.
     """
-    value = vector.value
-    tensor = value.const_value
-    if tensor is None:
-        raise PassError(f"{value.name!r} is not constant")
     source = tensor.numpy()
     result = np.empty(source.shape, source.dtype)
-    size = source.shape[vector.axis]
-    before, after = (_as_vectors(array, vector.axis) for array in (source, result))
-    for part in _parts(len(before), size):
+    before, after = (_as_vectors(array, axis) for array in (source, result))
+    for part in _parts(*before.shape):
         wide = before[part].astype(np.float64)
-        _check_finite(wide, value)
+        _check_finite(wide, tensor)
         with np.errstate(over="ignore"):
             after[part] = function(wide).astype(source.dtype)
-        _check_finite(after[part].astype(np.float64), value)
+        _check_finite(after[part].astype(np.float64), tensor)
     release(tensor)
-    return ir.Tensor(result, dtype=tensor.dtype, name=value.name)
+    return ir.Tensor(result, dtype=tensor.dtype, name=tensor.name)
 
 
 def change(vectors: Iterable[Vector], function: VectorFunction) -> None:
-    """Apply ``function`` to the vectors of constants in float64, each once, and round to their dtypes."""
+    """Apply ``function`` to the vectors of constants, each once, in place."""
     for vector in {(vector.value, vector.axis): vector for vector in vectors}.values():
-        vector.value.const_value = changed(vector, function)
+        tensor = vector.value.const_value
+        assert tensor is not None
+        vector.value.const_value = changed(tensor, vector.axis, function)
 
 
 def _as_vectors(array: npt.NDArray[np.generic], axis: int) -> npt.NDArray[np.generic]:
@@ -141,9 +138,9 @@ def _parts(count: int, size: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _check_finite(array: npt.NDArray[np.float64], value: ir.Value) -> None:
+def _check_finite(array: npt.NDArray[np.float64], tensor: ir.TensorProtocol) -> None:
     if not np.isfinite(array).all():
         raise PassError(
-            f"weight {value.name!r} holds NaN or infinity, or overflows {value.dtype}",
+            f"weight {tensor.name!r} holds NaN or infinity, or overflows {tensor.dtype.name}",
             hint="export the model again, in a wider float type if the checkpoint is sound",
         )
