@@ -147,9 +147,7 @@ class Grid:
 
     def storable(self, scale: npt.NDArray[np.floating[Any]]) -> Floats:
         """The scales in their stored type; blocks of zeros get scale 1."""
-        smallest = _SMALLEST_NORMAL[self.scale_dtype.name]
-        stored = np.maximum(scale, smallest).astype(self.scale_dtype).astype(np.float32)
-        return np.where(scale > 0, stored, np.float32(1))
+        return storable_floats(scale, self.scale_dtype)
 
     def codes(self, values: Any, scale: Any, zero: Any) -> Any:
         """clamp(round(values / scale) + zero)."""
@@ -173,6 +171,12 @@ class Grid:
             None if zero is None else zero.astype(dtype),
             self.bits,
         )
+
+
+def storable_floats(scale: npt.NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> Floats:
+    """``scale`` rounded to a float type, subnormal ones raised to the smallest normal; 1 instead of 0."""
+    stored = np.maximum(scale, _SMALLEST_NORMAL[dtype.name]).astype(dtype).astype(np.float32)
+    return np.where(scale > 0, stored, np.float32(1))
 
 
 def fit(

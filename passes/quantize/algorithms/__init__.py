@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .awq_clip import AWQClip
 from .base import Algorithm, LayerStatistics, Remark
+from .gptaq import GPTAQ
 from .gptq import GPTQ
 from .rtn import RoundToNearest
 
-ALGORITHMS: dict[str, type[Any]] = {"gptq": GPTQ, "rtn": RoundToNearest}
+ALGORITHMS: dict[str, type[Any]] = {"awq-clip": AWQClip, "gptaq": GPTAQ, "gptq": GPTQ, "rtn": RoundToNearest}
 
 
 def algorithm(name: str, *, act_order: bool, damp: float) -> Algorithm:

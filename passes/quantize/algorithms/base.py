@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ..grid import Floats, Format
+from ..grid import Doubles, Floats, Format
 from ..quantized_weight import QuantizedWeight
 
 Remark = Callable[[str], None]
@@ -27,8 +26,8 @@ class LayerStatistics:
         tokens: how many.
     """
 
-    covariance: npt.NDArray[np.float64]
-    prefix_error: npt.NDArray[np.float64] | None
+    covariance: Doubles
+    prefix_error: Doubles | None
     tokens: int
 
 
@@ -48,3 +47,16 @@ class Algorithm(Protocol):
         Raises:
             ValueError: the algorithm needs statistics that are missing or do not have K features.
         """
+
+
+def covariance_of(statistics: LayerStatistics | None, features: int) -> Doubles:
+    """The covariance [K, K] of a layer of ``features`` inputs.
+
+    Raises:
+        ValueError: there are no statistics, or not of ``features`` inputs.
+    """
+    if statistics is None:
+        raise ValueError("expected the covariance of the layer's inputs, found none")
+    if statistics.covariance.shape != (features, features):
+        raise ValueError(f"expected a covariance of {features} features, found {statistics.covariance.shape}")
+    return np.asarray(statistics.covariance, np.float64)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from ..grid import Doubles
-from .base import LayerStatistics, Remark
+from .base import LayerStatistics, Remark, covariance_of
 
 _LARGEST_DAMPING = 1.0
 
@@ -42,11 +42,7 @@ def curvature(
     Raises:
         ValueError: there are no statistics, or not of ``features`` inputs.
     """
-    if statistics is None:
-        raise ValueError("expected the covariance of the layer's inputs, found none")
-    covariance = np.asarray(statistics.covariance, np.float64)
-    if covariance.shape != (features, features):
-        raise ValueError(f"expected a covariance of {features} features, found {covariance.shape}")
+    covariance = covariance_of(statistics, features)
     diagonal = np.diag(covariance)
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(features)
     living = diagonal[diagonal > 0]

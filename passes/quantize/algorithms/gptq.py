@@ -25,7 +25,6 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ..grid import Doubles, Floats, Format, fit
 from ..quantized_weight import QuantizedWeight
