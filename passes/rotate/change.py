@@ -58,6 +58,7 @@ class Change:
         edits: of constants.
         online: transforms that run with the model.
         beside: the linears whose time theirs is compared with.
+        cache: the graph's output that returns these keys or values, rotated from now on.
         remarks: what to say about it if it is made.
     """
 
@@ -66,6 +67,7 @@ class Change:
     edits: tuple[Edit, ...] = ()
     online: tuple[Online, ...] = ()
     beside: tuple[ir.Node, ...] = ()
+    cache: ir.Value | None = None
     remarks: tuple[str, ...] = ()
 
     @property

@@ -39,7 +39,10 @@ def key_rotations(model: ir.Model) -> tuple[list[Change], list[Skipped]]:
         transform = kronecker_hadamard(block.head_size)
         online = (Online(block.node, 0, transform), Online(block.node, 1, transform))
         beside = tuple(dict.fromkeys(each.node for each in (block.q, block.k) if each is not None))
-        changes.append(Change("R3", name, online=online, beside=beside, remarks=_remarks(transform)))
+        remarks = _remarks(transform)
+        changes.append(
+            Change("R3", name, online=online, beside=beside, cache=block.present_key, remarks=remarks)
+        )
     return changes, skipped
 
 
@@ -81,7 +84,8 @@ def _down_rotation(linear: Linear) -> Change:
 
     edit = Edit((Vector(linear.node, 1, -1 if linear.transposed else 0),), apply, reads=True)
     online = Online(linear.node, 0, transform)
-    return Change("R4", linear.name, (edit,), (online,), (linear.node,), _remarks(transform))
+    remarks = _remarks(transform)
+    return Change("R4", linear.name, (edit,), (online,), (linear.node,), remarks=remarks)
 
 
 def _down_projections(model: ir.Model) -> Iterator[Linear]:

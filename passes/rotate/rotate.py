@@ -94,6 +94,7 @@ class Rotate(Pass):
         for skip in skipped:
             ctx.remark(skip.name, f"not rotated: {skip.reason}")
         counts = collections.Counter(sorted(change.rotation for change, _ in made))
+        caches = (change.cache for change, _ in made if change.cache is not None)
         return PassResult(
             modified=bool(made or untied),
             coverage=Coverage(
@@ -102,6 +103,7 @@ class Rotate(Pass):
                 skipped=tuple(skipped),
                 required=self.when == "always" or not found,
             ),
+            redefined_outputs=frozenset(str(cache.name) for cache in caches if cache.is_graph_output()),
             statistics=dict(counts) | _report(made, ctx) | ({"weights-untied": untied} if untied else {}),
         )
 

@@ -75,7 +75,8 @@ def _value_rotation(
             return "the heads of the output projection's input are not in order"
         online = (_across(output, *rows.shape),)
         edits.append(_undone(output, online[0]))
-    change = Change("R2", value.name, tuple(edits), online, (output.node,) if online else (), remarks)
+    beside = (output.node,) if online else ()
+    change = Change("R2", value.name, tuple(edits), online, beside, block.present_value, remarks)
     return change.reason_not_to_make() or change
 
 
