@@ -10,7 +10,10 @@ import onnx_ir as ir
 
 from .graph_builder import CONTRIB, GraphBuilder
 from .linear_op import LinearOp, constant_of
-from .token_grid import MIDDLE, emit_integers, emit_scale
+from .token_grid import emit_integers, emit_scale, middle
+
+_SIGN_OFFSET = 128
+"""What is added to int8 to store it as uint8."""
 
 
 def emit_dynamic(build: GraphBuilder, op: LinearOp) -> ir.Value:
@@ -58,7 +61,7 @@ def _static(build: GraphBuilder, op: LinearOp, weight: ir.Value, zero_point: ir.
     x_scale, x_zero_point = op.static_grid()
     if op.spec.activations_signed:
         # Signed times unsigned has no kernel; the same grid in uint8 has one for all weights.
-        shifted = constant_of(x_zero_point).numpy().astype(np.int16) + MIDDLE
+        shifted = constant_of(x_zero_point).numpy().astype(np.int16) + _SIGN_OFFSET
         x_zero_point = build.constant(shifted.astype(np.uint8), "x_zero_point_unsigned")
     quantized = build.op("QuantizeLinear", op.x, x_scale, x_zero_point)
     return build.op(
@@ -108,8 +111,8 @@ def _product_of_rows(
     highest = build.op("ReduceMax", rows, last_axis, keepdims=0)
     lowest = build.op("ReduceMin", rows, last_axis, keepdims=0)
     x_scale = emit_scale(build, op.spec, build.op("Max", highest, build.op("Neg", lowest)))
-    middle = build.constant(np.array([MIDDLE], np.uint8), "middle")
-    zero_points = build.op("Expand", middle, build.op("Shape", x_scale))
+    zero_point_of_all = build.constant(np.array([middle(op.spec)], np.uint8), "middle")
+    zero_points = build.op("Expand", zero_point_of_all, build.op("Shape", x_scale))
     quantized = build.op("QuantizeLinear", rows, x_scale, zero_points, axis=0)
     product = _unscaled_product(build, op, quantized, weight, zero_point)
     result = build.op("Mul", product, build.op("Unsqueeze", x_scale, last_axis))
@@ -124,7 +127,7 @@ def _token_product(
     build: GraphBuilder, op: LinearOp, weight: ir.Value, zero_point: ir.Value | None
 ) -> ir.Value:
     rounded, x_scale = emit_integers(build, op)
-    shifted = build.op("Add", rounded, build.constant(np.array(MIDDLE, np.float32), "middle"))
+    shifted = build.op("Add", rounded, build.constant(np.array(middle(op.spec), np.float32), "middle"))
     quantized = build.op("Cast", shifted, to=int(ir.DataType.UINT8))
     result = build.op("Mul", _unscaled_product(build, op, quantized, weight, zero_point), x_scale)
     return result if op.bias is None else build.op("Add", result, op.bias)
@@ -140,7 +143,7 @@ def _unscaled_product(
         weight,
         build.constant(np.array(1, np.float32), "one"),
         op.scale,
-        build.constant(np.array(MIDDLE, np.uint8), "x_zero_point"),
+        build.constant(np.array(middle(op.spec), np.uint8), "x_zero_point"),
         zero_point,
         domain=CONTRIB,
     )
@@ -166,6 +169,6 @@ def _unsigned(build: GraphBuilder, op: LinearOp) -> tuple[ir.Value, ir.Value]:
     if zero_points is None:
         zero_points = np.zeros(op.spec.out_features, np.int16)
     return (
-        build.constant((op.integers() + MIDDLE).astype(np.uint8), "weight_unsigned"),
-        build.constant((zero_points + MIDDLE).astype(np.uint8), "zero_point_unsigned"),
+        build.constant((op.integers() + _SIGN_OFFSET).astype(np.uint8), "weight_unsigned"),
+        build.constant((zero_points + _SIGN_OFFSET).astype(np.uint8), "zero_point_unsigned"),
     )

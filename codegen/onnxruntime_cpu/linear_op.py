@@ -39,7 +39,7 @@ class LinearSpec:
         bias: there is a bias.
         dtype: float type of the activations.
         rank: of the activations: onnxruntime treats matrices and batches differently.
-        pairs_fit: sums of two products with adjacent rows fit 16 bits: such weights never saturate.
+        pairs_fit: sums of two products with adjacent rows fit 16 bits: such layers never saturate.
         activation_bits: of the activations' grid, where they have one.
         activation_clip: the part of a token's largest magnitude that its grid covers.
         activations_signed: the integers of a static grid are signed.
@@ -177,6 +177,7 @@ def linear_op(node: ir.Node) -> LinearOp:
     x_zero_point = ops.operand(node, "x_zero_point")
     integers = _integers(weight)
     activations = _activations_of(node)
+    activation_bits = node.attributes.get_int("activation_bits", 8)
     spec = LinearSpec(
         activations=activations,
         in_features=integers.shape[0],
@@ -188,8 +189,8 @@ def linear_op(node: ir.Node) -> LinearOp:
         bias=bias is not None,
         dtype=(scale.dtype or ir.DataType.FLOAT).name,
         rank=3 if x.shape is None else len(x.shape),
-        pairs_fit=activations != "float" and _pairs_fit(integers),
-        activation_bits=node.attributes.get_int("activation_bits", 8),
+        pairs_fit=activations != "float" and (activation_bits < 8 or _pairs_fit(integers)),
+        activation_bits=activation_bits,
         activation_clip=node.attributes.get_float("activation_clip", 1.0),
         activations_signed=x_zero_point is not None and x_zero_point.dtype == ir.DataType.INT8,
     )
@@ -212,7 +213,7 @@ def made_up_op(spec: LinearSpec) -> LinearOp:
     container = ops.container(spec.bits, signed=spec.signed)
     high = 1 << (spec.bits - 1) if spec.signed else 1 << spec.bits
     low = 1 - high if spec.signed else 0
-    if spec.pairs_fit and spec.signed:
+    if spec.pairs_fit and spec.signed and spec.activation_bits == 8:
         low, high = max(low, -64), min(high, 65)
     grid = (k // spec.block_size, n) if spec.block_size else (n,)
     float_dtype = ir.DataType[spec.dtype]

@@ -14,9 +14,6 @@ import onnx_ir as ir
 from .graph_builder import GraphBuilder
 from .linear_op import LinearOp, LinearSpec
 
-MIDDLE = 128
-"""What is added to signed integers to store them as uint8."""
-
 
 def emit_integers(build: GraphBuilder, op: LinearOp) -> tuple[ir.Value, ir.Value]:
     """Whole numbers in float32, shaped like the activations, and their scale [..., 1]."""
@@ -39,5 +36,10 @@ def emit_scale(build: GraphBuilder, spec: LinearSpec, largest: ir.Value) -> ir.V
     return build.op("Max", scaled, build.constant(np.array(np.finfo(np.float32).tiny), "tiny"))
 
 
+def middle(spec: LinearSpec) -> int:
+    """What is added to the integers to store them as uint8: as little as will do, lest products overflow."""
+    return 1 << (spec.activation_bits - 1)
+
+
 def _levels(spec: LinearSpec) -> int:
-    return (1 << (spec.activation_bits - 1)) - 1
+    return middle(spec) - 1

@@ -11,7 +11,8 @@ The product is of integers, accumulated in 32 bits. The overload says how activa
   outlier no longer coarsens the others, and a sentence's result does not depend on the rest of its batch.
 - ``token_narrow``: the same with activations of ``activation_bits`` b = 2 … 8 and weights of any width:
   x_scale = activation_clip · max|x| / (2^(b−1) − 1), Xq = round(x / x_scale) clamped to
-  [−2^(b−1), 2^(b−1) − 1]. Weights in 4-bit containers are widened to int8; their zero points are int8.
+  [−2^(b−1), 2^(b−1) − 1] and stored as uint8 around 2^(b−1). Weights in 4-bit containers are widened to
+  int8; their zero points are int8.
 - ``token_block``: activations as in ``token_narrow``; blocks of B rows of a column share a scale, as in
   ``QuantizedLinear``: Y = (Xq · x_scale) · ((W − zero_point) · scale), ``scale`` [K / B, N], in float.
 
@@ -46,10 +47,10 @@ _TENSOR = """
 _TOKEN_CONSTANTS = """
   last_axis = Constant <value_ints: ints = [-1]> ()
   tiny = Constant <value_float: float = 1.1754944e-38> ()
-  middle = Constant <value_float: float = 128.0> ()
 """
 _TOKEN_GRID = """
   levels = Constant <value_float: float = 127.0> ()
+  middle = Constant <value_float: float = 128.0> ()
   magnitudes = Abs (X)
   largest = ReduceMax <keepdims: int = 1> (magnitudes, last_axis)
   largest_scaled = Div (largest, levels)
@@ -64,9 +65,9 @@ _NARROW_GRID = """
   two = Constant <value_float: float = 2.0> ()
   clip = Constant <value_float: float = @activation_clip> ()
   magnitude_bits = Sub (bits_float, one)
-  half = Pow (two, magnitude_bits)
-  lowest = Neg (half)
-  levels = Sub (half, one)
+  middle = Pow (two, magnitude_bits)
+  lowest = Neg (middle)
+  levels = Sub (middle, one)
   magnitudes = Abs (X)
   largest = ReduceMax <keepdims: int = 1> (magnitudes, last_axis)
   covered = Mul (largest, clip)

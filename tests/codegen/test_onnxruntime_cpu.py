@@ -144,6 +144,18 @@ def test_linear_kernels_compute_the_op(spec, kernel):
         assert error < (INT8_ACTIVATIONS if quantises or leaves_out else exact)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_few_bits_of_activations_never_saturate(bits):
+    """The sum of two products is at most 2 · 127 · 127, whatever the weights."""
+    op = made_up_op(spec_of("token", activation_bits=bits))
+    assert np.abs(op.integers()).max() > 100
+    feeds = op.feeds(5)
+    expected = linear_reference(op, feeds["x"])
+    for kernel in (*LINEAR_KERNELS, LINEAR_BODY):
+        if kernel.applies(op):
+            assert relative(run(kernel_module._candidate(op, kernel), feeds), expected) < FLOAT32_ROUNDING
+
+
 @pytest.mark.parametrize("activations", ["tensor", "token"])
 def test_unsigned_weights_are_exact_where_signed_ones_may_saturate(activations):
     op = made_up_op(spec_of(activations, pairs_fit=False))
