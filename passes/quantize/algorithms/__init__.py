@@ -10,8 +10,15 @@ from .base import Algorithm, LayerStatistics, Remark
 from .gptaq import GPTAQ
 from .gptq import GPTQ
 from .rtn import RoundToNearest
+from .spqr import SpQR
 
-ALGORITHMS: dict[str, type[Any]] = {"awq-clip": AWQClip, "gptaq": GPTAQ, "gptq": GPTQ, "rtn": RoundToNearest}
+ALGORITHMS: dict[str, type[Any]] = {
+    "awq-clip": AWQClip,
+    "gptaq": GPTAQ,
+    "gptq": GPTQ,
+    "rtn": RoundToNearest,
+    "spqr": SpQR,
+}
 
 
 def algorithm(name: str, *, act_order: bool, damp: float) -> Algorithm:

@@ -25,6 +25,7 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ..grid import Doubles, Floats, Format, fit
 from ..quantized_weight import QuantizedWeight
@@ -68,8 +69,7 @@ class GPTQ:
         grid = grid.prepared(weight)
         metric = statistics.covariance if grid.block_size else None
         scale, zero = fit(weight, grid, covariance=metric)
-        target = self.target(weight, statistics, found)
-        codes = self.solve(target, grid, scale, zero, found)
+        codes, _ = self.solve(self.target(weight, statistics, found), grid, scale, zero, found)
         return grid.stored(codes, scale, zero)
 
     def target(self, weight: Floats, statistics: LayerStatistics, curvature: Curvature) -> Doubles:
@@ -83,18 +83,44 @@ class GPTQ:
         scale: Floats,
         zero: Floats | None,
         curvature: Curvature,
-    ) -> Doubles:
-        """Codes [K, N]; ``scale`` and ``zero`` [K / B, N] change in place where they are refitted."""
+        *,
+        kept: npt.NDArray[np.bool_] | None = None,
+        fixed_grids: bool = False,
+    ) -> tuple[Doubles, npt.NDArray[np.float16]]:
+        """Choose codes, one slab of columns after the other.
+
+        Args:
+            target: [K, N], what is to be approximated.
+            grid: what codes mean.
+            scale: [K / B, N]; changes in place where scales are refitted.
+            zero: [K / B, N], likewise; None for 0.
+            curvature: of the output error.
+            kept: [K, N], which weights stay floats.
+            fixed_grids: refit nothing.
+
+        Returns:
+            Codes [K, N] and the values [nnz] of the kept weights, row by row.
+        """
         codes = np.empty_like(target)
+        values = np.zeros(target.shape if kept is not None else (0, 0), np.float16)
         for start in range(0, target.shape[1], _COLUMNS_AT_ONCE):
             part = (slice(None), slice(start, start + _COLUMNS_AT_ONCE))
-            rounding = Rounding(grid, target[part], scale[part], None if zero is None else zero[part])
+            rounding = Rounding(
+                grid,
+                target[part],
+                scale[part],
+                None if zero is None else zero[part],
+                None if kept is None else kept[part],
+            )
+            in_groups = not self.act_order and grid.block_size > 0
             round_with_feedback(
                 rounding,
                 curvature,
                 block_size=self.block_size,
-                fits_groups=not self.act_order and grid.block_size > 0,
+                fits_groups=in_groups and not fixed_grids,
             )
-            descend(rounding, curvature, sweeps=self.sweeps, refits_scales=grid.clip)
+            descend(rounding, curvature, sweeps=self.sweeps, refits_scales=grid.clip and not fixed_grids)
             codes[part] = rounding.codes
-        return codes
+            if kept is not None:
+                values[part] = rounding.dequantized
+        return codes, values[kept] if kept is not None else values.ravel()
