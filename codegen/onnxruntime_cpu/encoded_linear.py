@@ -2,7 +2,10 @@
 
 onnxruntime's CPU provider multiplies none of these directly, with one exception: NF4 by ``MatMulBnb4``, which
 takes its float32 values from a table of its own, so that the code book must be that table to the bit. All
-others become floats once, when the model is loaded: the file keeps few bits, the process does not.
+others become floats once, when the model is loaded: the file keeps few bits, the process does not. While
+onnxruntime folds the body of a code book or of bilevel scales, it keeps each step's result until all layers
+are folded, which takes about six times the memory of the float weights; float8 and outliers on plain integers
+take little more than once, by one folded ``DequantizeLinear``.
 """
 
 from __future__ import annotations
