@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planish.codegen import get_target
+from planish.codegen import get_target, microbenchmark
 from planish.codegen.portable import Portable
 from planish.ir.errors import InputError, PassError, PipelineError, TargetError
 from planish.passes.allocate import Allocate
@@ -210,6 +210,35 @@ def test_latency_is_relative_to_a_reference(reference, width):
     )
     assert schemes == {name: text_of(*spec) for name, spec in expected.items()}
     assert "of the reference" in ctx.remarks[-1].text
+
+
+def test_times_are_those_of_the_kernels_that_are_bound(tmp_path, monkeypatch):
+    """With times made up: kernels for narrow integers take a quarter of what all others take."""
+    monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path))
+    timed = []
+
+    def seconds(sessions, feeds):
+        timed.append(sorted(sessions))
+        nbits = [name for name in sessions if "MatMulNBits" in name]
+        return {name: 1e-6 if name in nbits else 4e-6 for name in sessions}
+
+    monkeypatch.setattr(microbenchmark, "_seconds", seconds)
+    model = model_of(
+        "p = MatMul (x, w) h = Add (p, b) y = MatMul (h, v)",
+        f"float[batch, sequence, {K}] y",
+        {"w": random(K, K), "b": random(K), "v": random(K, K)},
+    )
+    _, schemes, ctx = allocate(
+        model,
+        target=get_target("onnxruntime-cpu", rows=(1,)),
+        candidates=("W4A16 group_size=16", "W3A16_ASYM group_size=32", "dense"),
+        latency=0.7,
+    )
+    assert sorted(schemes.values(), key=len)[0] == "dense"
+    assert len(set(schemes.values())) == 2
+    assert "5 µs: 0.625 of the reference" in ctx.remarks[-1].text
+    # Three of a kind with a bias and three without; ``dense`` is also the reference and measured once.
+    assert len(timed) == 6
 
 
 def test_several_budgets_hold_at_once():
