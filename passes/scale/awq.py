@@ -24,7 +24,9 @@ import onnx_ir as ir
 from ...ir.views import Linear
 from ...runtime.calibration import Covariance
 from ...runtime.calibration.ranges import ChannelMeans
-from ..quantize.grid import Floats, Grid, fit, round_to_grid
+from ..quantize.algorithms.rtn import round_to_nearest
+from ..quantize.grid import Format
+from ..quantize.quantized_weight import Floats
 from .fold import Doubles, read_weight
 from .method import Choice
 
@@ -36,12 +38,12 @@ class AWQ:
     """The method.
 
     Attributes:
-        grid_of: the grid that a weight of a float type will be quantised to.
+        grid_of: the grid that weights will be quantised to, by the type that its scales are stored in.
         group_size: rows that share a scale of that grid; −1 for all.
         candidates: how many exponents are tried.
     """
 
-    grid_of: Callable[[ir.DataType], Grid]
+    grid_of: Callable[[ir.DataType], Format]
     group_size: int
     candidates: int
 
@@ -95,11 +97,11 @@ def awq_scale(means: Doubles, exponent: float) -> Doubles:
     return scale
 
 
-def output_error(weight: Floats, scale: Doubles, covariance: Floats, grid: Grid) -> float:
+def output_error(weight: Floats, scale: Doubles, covariance: Floats, grid: Format) -> float:
     """E‖x Δ‖² of ``weight`` [K, N], scaled by ``scale`` [K], quantised to ``grid`` and scaled back."""
     factor = scale.astype(np.float32)[:, None]
     scaled = weight * factor
-    quantized = round_to_grid(scaled, *fit(scaled, grid), grid).dequantized()
+    quantized = round_to_nearest(scaled, grid).dequantized()
     return _energy(weight - quantized / factor, covariance)
 
 

@@ -13,7 +13,8 @@ s. That division is free where x is computed from constants that hold one entry 
 `scaling_groups` starts at every value that linears read and walks back to such constants. It follows the
 channels through reshapes that split or merge heads and through a Split, so that separate and merged
 projections are alike. Each step has one reader, which is the step after it: whatever else read the value
-would see it scaled. Where a walk ends otherwise, the reason is kept.
+would see it scaled. Where a walk ends otherwise, the reason is kept. A cache of values that is an input and
+an output of the graph holds them divided by s from then on; one that was filled before does not fit any more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from ..infrastructure.base import Skipped
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 """Ops that read no numbers: scaling is nothing to them."""
+_CUTS = frozenset({"Slice", "SequenceAt"})
+"""How merged projections are cut before `fuse`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,13 @@ class Source:
         name: of the norm or linear.
         kind: ``norm`` or ``linear``.
         constants: what is to be divided by s.
+        caches: outputs of the graph that hold the channels too, and will hold them divided by s.
     """
 
     name: str
     kind: str
     constants: tuple[Channels, ...]
+    caches: tuple[ir.Value, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +153,21 @@ class _Layout(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Channels of a value on the way back to their source; ``start`` counts in the last axis."""
+    """Channels of a value on the way back to their source.
+
+    Attributes:
+        value: holds the channels, perhaps among others.
+        count: how many they are.
+        layout: where they are.
+        start: the first of them, in the last axis.
+        caches: outputs of the graph that were passed and hold them.
+    """
 
     value: ir.Value
     count: int
     layout: _Layout = _Layout.LAST
     start: int = 0
+    caches: tuple[ir.Value, ...] = ()
 
     @property
     def heads(self) -> tuple[int | None, int | None]:
@@ -183,6 +197,8 @@ class _Walk:
         if node.domain == "" and node.op_type == "Mul" and place.layout is _Layout.LAST:
             return self._product(node, place)
         step = _STEPS.get(node.op_type) if node.domain == "" else None
+        if node.op_type in _CUTS:
+            return f"{node.op_type} cuts it: fuse makes such cuts a Split, and then it can be scaled"
         if step is None:
             return f"{node.op_type} does not commute with scaling"
         before = step(node, place)
@@ -210,7 +226,7 @@ def _linear_source(linear: Linear, place: _Place) -> Source | str:
     constants = [Channels(linear.weight, 0 if linear.transposed else 1, place.start)]
     if linear.bias is not None:
         constants.append(Channels(linear.bias, 0, place.start))
-    return _owned(Source(linear.name, "linear", tuple(constants)), linear.out_features, place)
+    return _owned(Source(linear.name, "linear", tuple(constants), place.caches), linear.out_features, place)
 
 
 def _norm_source(norm: Norm, place: _Place) -> Source | str:
@@ -218,7 +234,7 @@ def _norm_source(norm: Norm, place: _Place) -> Source | str:
     if width != (place.count,) or (norm.bias is not None and static_shape(norm.bias) != width):
         return f"{norm.name} normalises more than the last axis"
     constants = tuple(Channels(value, 0) for value in (norm.scale, norm.bias) if value is not None)
-    return _owned(Source(norm.name, "norm", constants), place.count, place)
+    return _owned(Source(norm.name, "norm", constants, place.caches), place.count, place)
 
 
 def _owned(source: Source, width: int, place: _Place) -> Source | str:
@@ -276,24 +292,32 @@ def _attention(node: ir.Node, place: _Place) -> _Place | str:
     query, key, value = (input_at(node, index) for index in range(3))
     if value is None or place.value is not node.outputs[0]:
         return "its input is not what an attention makes of its values"
-    present = node.outputs[2] if len(node.outputs) > 2 else None
-    if input_at(node, 5) is not None or (present is not None and _is_read(present)):
-        return "the values of the attention are kept in a cache, which callers see"
+    caches = _value_caches(node)
+    if caches is None:
+        return "the values of the attention are cached, and the cache is not an input and output of the graph"
     if place.layout is _Layout.LAST:
         query_heads, key_heads = integer(node, "q_num_heads"), integer(node, "kv_num_heads")
     else:
         query_heads, key_heads = static_dim(query, 1), static_dim(key, 1)
     if query_heads is None or query_heads != key_heads:
         return "grouped queries: several query heads read one value head"
-    before = dataclasses.replace(place, value=value)
+    before = dataclasses.replace(place, value=value, caches=(*place.caches, *caches))
     width = static_dim(value, -1) if place.layout is _Layout.LAST else _product_of(before.heads)
     if width != place.count or (place.layout is not _Layout.LAST and before.heads[0] != key_heads):
         return "the values of the attention have another width than its result"
     return before
 
 
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
+def _value_caches(node: ir.Node) -> tuple[ir.Value, ...] | None:
+    """Outputs of the graph that hold an attention's values; None if those are read or made elsewhere too."""
+    past, present = input_at(node, 5), node.outputs[2] if len(node.outputs) > 2 else None
+    is_kept = present is not None and present.is_graph_output()
+    if present is not None and _readers(present):
+        return None
+    # What comes in must be what went out, divided by s like all values.
+    if past is not None and not (is_kept and past.is_graph_input() and _readers(past) == [node]):
+        return None
+    return (present,) if present is not None and is_kept else ()
 
 
 def _split(node: ir.Node, place: _Place) -> _Place | str:

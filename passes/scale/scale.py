@@ -3,7 +3,8 @@
     x = source(…; c),  y = x W          →          source(…; c / s),  (x / s) (diag(s) W)
 
 Nothing is added to the graph: 1 / s goes into the norm or linear before, see `pairs`. The methods differ in
-how s is chosen, see `smoothquant` and `awq`. All statistics are of the model as it came, collected in one
+how s is chosen, see `smoothquant` and `awq`. Cached values of an attention whose output projection is scaled
+are given divided by s. All statistics are of the model as it came, collected in one
 run over the calibration data, group after group; the scales are folded when it is over, so that no group sees
 another one's scale. (Scaling a linear's columns does not change what its own grid costs it, for a grid per
 column, and scaling its rows does not change its output.)
@@ -75,6 +76,7 @@ class Scale(Pass):
         groups = self._asked_for(groups, skipped)
         scales = self._choose(model, ctx, groups) if groups else []
         covered, folded = 0, {"norm": 0, "linear": 0}
+        redefined: set[str] = set()
         for group, scale in zip(groups, scales, strict=True):
             reason = None if scale is None else fold(group, scale)
             if reason is not None:
@@ -83,12 +85,14 @@ class Scale(Pass):
             covered += 1
             if scale is not None:
                 folded[group.source.kind] += 1
+                redefined.update(str(cache.name) for cache in group.source.caches)
         for skip in skipped:
             ctx.remark(skip.name, f"not scaled: {skip.reason}")
         return PassResult(
             modified=any(folded.values()),
             coverage=Coverage(unit="inputs of linears", covered=covered, skipped=tuple(skipped)),
             statistics={f"folded into a {kind}": count for kind, count in folded.items() if count},
+            redefined_outputs=frozenset(redefined),
         )
 
     def _asked_for(self, groups: list[ScalingGroup], skipped: list[Skipped]) -> list[ScalingGroup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import onnx
@@ -92,7 +93,7 @@ def model_of(
         if name.replace(".", "__") in text:
             proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name.replace(".", "__")))
     for name, entries in {**INTEGERS, **(integers or {})}.items():
-        if f", {name})" in text:
+        if re.search(rf", {name}\b", text):
             proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int64(entries), name))
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
     for value in list(model.graph.initializers.values()):
@@ -243,6 +244,9 @@ class Refused:
         )
 
 
+CACHED = ATTENTION.replace("a4 = Attention(q4, k4, v4)", "a4, pk, pv = Attention(q4, k4, v4, , ik, iv)")
+CACHE_INPUTS = ", double[b,2,r,4] ik, double[b,2,r,4] iv"
+CACHE_OUTPUTS = ", double[b,2,t,4] pk, double[b,2,t,4] pv"
 HALF = WIDTH // 2
 NORMED = f", double[b,s,{WIDTH}] "
 HIDDEN_OUTPUT = f", double[b,s,{HIDDEN}] z"
@@ -283,12 +287,22 @@ REFUSED = {
         shapes={"qkv.weight": (WIDTH, 2 * WIDTH), "qkv.bias": (2 * WIDTH,)},
         integers={"thirds": [WIDTH, HALF, HALF]},
     ),
-    "cache": Refused(
-        ATTENTION.replace("a4 = Attention(q4, k4, v4)", "a4, pk, pv = Attention(q4, k4, v4, , ik, iv)"),
+    "cache that is read": Refused(
+        CACHED + " z = Neg(pv)",
         "o",
-        "kept in a cache",
-        outputs=", double[b,2,t,4] pk, double[b,2,t,4] pv",
-        inputs=", double[b,2,r,4] ik, double[b,2,r,4] iv",
+        "not an input and output of the graph",
+        outputs=CACHE_OUTPUTS + ", double[b,2,t,4] z",
+        inputs=CACHE_INPUTS,
+    ),
+    "past that is read": Refused(
+        CACHED + " z = Neg(iv)",
+        "o",
+        "not an input and output of the graph",
+        outputs=CACHE_OUTPUTS + ", double[b,2,r,4] z",
+        inputs=CACHE_INPUTS,
+    ),
+    "past that does not come from here": Refused(
+        CACHED, "o", "not an input and output of the graph", inputs=CACHE_INPUTS
     ),
     "keys are values": Refused(
         MERGED_ATTENTION.replace("(q, k, v)", "(q, v, v)"), "o", "read by another op too"
@@ -303,6 +317,13 @@ REFUSED = {
         outputs=NORMED + "z",
     ),
     "input of the graph": Refused("y = MatMul(x, o__weight)", "o", "from outside"),
+    "slices": Refused(
+        """m = MatMul(x, gate_up__weight) g = Slice(m, start, middle, last) u = Slice(m, middle, end, last)
+        e = Gelu(g) h = Identity(u) y = MatMul(h, down__weight)""",
+        "down",
+        "fuse makes such cuts a Split",
+        integers={"start": [0], "middle": [HIDDEN], "end": [2 * HIDDEN], "last": [-1]},
+    ),
     "transposed": Refused(
         """n = MatMul(x, q__weight) m = Reshape(n, heads) t = Transpose <perm = [0, 1, 3, 2]> (m)
         a = Reshape(t, flat) y = MatMul(a, o__weight)""",
@@ -333,6 +354,29 @@ def test_what_is_left_beside_a_refused_pair_is_exact(name):
         assert fold(group, scale_of(group.channels)) is None
     for after, expected in zip(run(model, **feeds), before, strict=True):
         np.testing.assert_allclose(after, expected, **EXACT)
+
+
+def test_a_cache_holds_scaled_values():
+    model = model_of(CACHED, outputs=f"double[b,s,{WIDTH}] y" + CACHE_OUTPUTS, inputs=CACHE_INPUTS)
+    groups, skipped = scaling_groups(model)
+    assert not skipped
+    assert [[cache.name for cache in group.source.caches] for group in groups] == [[], ["pv"]]
+    rng = np.random.default_rng(1)
+    x = [rng.standard_normal((2, 3, WIDTH)) for _ in range(2)]
+    empty = np.zeros((2, HEADS, 0, WIDTH // HEADS))
+
+    def two_steps() -> tuple[np.ndarray, ...]:
+        first, keys, values = run(model, x=x[0], ik=empty, iv=empty)
+        second, *_ = run(model, x=x[1], ik=keys, iv=values)
+        return first, second, values
+
+    before = two_steps()
+    scale = scale_of(WIDTH)
+    assert fold(groups[1], scale) is None
+    after = two_steps()
+    by_head = scale.reshape(1, HEADS, 1, -1)
+    for found, expected in zip(after, (*before[:2], before[2] / by_head), strict=True):
+        np.testing.assert_allclose(found, expected, **EXACT)
 
 
 def test_a_reader_of_the_shape_alone_is_no_reader():
