@@ -15,15 +15,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...ir import clone
+from ...ir.errors import PassError
 from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ..infrastructure.base import PassContext
 from .activations import Activations
 from .algorithms import Algorithm, LayerStatistics
-from .grid import Floats, QuantizedWeight
 from .layer_plan import LayerPlan
 from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
 from .low_rank import low_rank_residual
+from .quantized_weight import Floats, QuantizedWeight
 from .weights import relative_error
 
 Doubles = npt.NDArray[np.float64]
@@ -119,6 +120,12 @@ class CalibratedQuantizer:
             group = [dataclasses.replace(plan, activations=static) for plan in group]
         if covariance is None:
             return group, None
+        if not np.isfinite(covariance.mean).all():
+            raise PassError(
+                f"quantize: tensor {x!r}, the input of {first.linear.name!r}, is not finite on the "
+                "calibration data, or its squares are not",
+                hint="look at the data and at the model's weights, or leave the layer out with ignore=",
+            )
         return group, LayerStatistics(
             covariance.mean, None if prefix_error is None else prefix_error.mean, covariance.tokens
         )

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from ...codegen.linear_format import FLOAT_ACTIVATIONS, LinearFormat
 from ...ir.views import Linear
 from .activations import Activations
-from .grid import Grid
+from .formats import CodeBook, Float8
+from .grid import Format
 from .scheme import Scheme
 from .weights import FLOATS
 
@@ -19,11 +21,29 @@ LOW_RANK_KEY = "planish.low_rank"
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """One linear, the grid of its weight and that of its input (None: float)."""
+    """One linear, its scheme's name, the grid of its weight and that of its input (None: float)."""
 
     linear: Linear
-    grid: Grid
+    scheme: str
+    grid: Format
     activations: Activations | None
+
+    @property
+    def format(self) -> LinearFormat:
+        """What a target must be able to run."""
+        activations, grid = self.activations, self.grid
+        return LinearFormat(
+            kind="codebook"
+            if isinstance(grid, CodeBook)
+            else "float8"
+            if isinstance(grid, Float8)
+            else "integer",
+            bits=self.grid.bits,
+            block_size=self.grid.block_size,
+            activation_bits=FLOAT_ACTIVATIONS if activations is None else activations.bits,
+            activations="token" if activations is None else activations.granularity,
+            dtype=self.linear.weight.dtype or ir.DataType.FLOAT,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Planner:
             clip=scheme.bits < 5 if self.clip is None else self.clip,
             limit_pairs=integer_product and self.limit_pairs(),
         )
-        return LayerPlan(linear, grid, activations)
+        return LayerPlan(linear, scheme.name, grid, activations)
 
     def _activations(self, scheme: Scheme) -> Activations | None:
         bits = scheme.activation_bits

@@ -16,8 +16,9 @@ from ...ir import ops
 from ...ir.ops.definition import OpDefinition
 from ...ir.views import Linear
 from .activations import Activations
-from .grid import Floats, QuantizedWeight
 from .layer_plan import LOW_RANK_KEY, LayerPlan
+from .operands import WeightOperands, add_operands
+from .quantized_weight import Floats, QuantizedWeight
 from .weights import ERROR_KEY, add_tensor, float_dtype, read_weight
 
 LowRank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -53,6 +54,7 @@ def replace_linear(
     """
     linear = plan.linear
     x = current_input(linear)
+    x.dtype = x.dtype or linear.weight.dtype
     nodes, definition = _Builder(model, plan, x).nodes(quantized)
     nodes[-1].metadata_props[ERROR_KEY] = f"{error:.3e}"
     if low_rank is not None:
@@ -96,60 +98,45 @@ class _Builder:
 
     def nodes(self, quantized: QuantizedWeight) -> tuple[list[ir.Node], OpDefinition]:
         """Integer products run in float32, whatever the model's type."""
-        linear, activations, grid = self.plan.linear, self.plan.activations, self.plan.grid
+        linear, activations = self.plan.linear, self.plan.activations
         if activations is None:
-            weight, scale, zero_point = self._operands(quantized, quantized.scale)
+            operands = add_operands(self.model, quantized, linear.name)
             node, definition = ops.quantized_linear(
                 self.x,
-                weight,
-                scale,
-                zero_point,
+                operands.weight,
+                operands.scale,
+                operands.zero_point,
                 linear.bias,
-                bits=grid.bits,
-                block_size=grid.block_size,
+                bits=quantized.bits,
+                block_size=self.plan.grid.block_size,
+                codebook=operands.codebook,
+                second_level=operands.second_level,
+                outliers=operands.outliers,
                 name=linear.node.name,
             )
             return [node], definition
-        operands = self._operands(quantized, quantized.scale.astype(np.float32))
+        operands = add_operands(
+            self.model,
+            quantized,
+            linear.name,
+            scale_dtype=np.dtype(np.float32),
+            widened_zero_point=not self.plan.grid.block_size and activations.granularity != "static",
+        )
         if float_dtype(linear.weight) == ir.DataType.FLOAT:
             node, definition = self._integer_product(activations, self.x, operands, linear.bias)
             return [node], definition
         return self._widened(activations, operands)
 
-    def _operands(
-        self, quantized: QuantizedWeight, scales: npt.NDArray[np.floating]
-    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        grid, name = self.plan.grid, self.plan.linear.name
-        container = ops.container(grid.bits, signed=grid.symmetric)
-        weight = add_tensor(self.model, quantized.integers, f"{name}.weight_quantized", container)
-        scale = add_tensor(self.model, scales, f"{name}.weight_scale")
-        if quantized.zero_point is None:
-            return weight, scale, None
-        # A 4-bit weight per channel is widened to int8 before an integer product: so are its zero points.
-        return weight, scale, self._zero_points(quantized.zero_point, container)
-
-    def _zero_points(self, values: npt.NDArray[np.integer], container: ir.DataType) -> ir.Value:
-        activations, grid = self.plan.activations, self.plan.grid
-        per_channel_product = activations is not None and not grid.block_size
-        if per_channel_product and activations is not None and activations.granularity != "static":
-            container = ir.DataType.UINT8 if container == ir.DataType.UINT8 else ir.DataType.INT8
-        return add_tensor(self.model, values, f"{self.plan.linear.name}.weight_zero_point", container)
-
     def _integer_product(
-        self,
-        activations: Activations,
-        x: ir.Value,
-        operands: tuple[ir.Value, ir.Value, ir.Value | None],
-        bias: ir.Value | None,
+        self, activations: Activations, x: ir.Value, operands: WeightOperands, bias: ir.Value | None
     ) -> tuple[ir.Node, OpDefinition]:
-        weight, scale, zero_point = operands
         grid, name = self.plan.grid, self.plan.linear.node.name
         if activations.granularity != "static":
             return ops.dynamic_quantized_linear(
                 x,
-                weight,
-                scale,
-                zero_point,
+                operands.weight,
+                operands.scale,
+                operands.zero_point,
                 bias,
                 bits=grid.bits,
                 granularity=activations.granularity,
@@ -163,18 +150,18 @@ class _Builder:
         zero = np.array(activations.zero_point, np.uint8)
         return ops.static_quantized_linear(
             x,
-            weight,
-            scale,
+            operands.weight,
+            operands.scale,
             add_tensor(self.model, step, f"{layer}.input_scale"),
             add_tensor(self.model, zero, f"{layer}.input_zero_point"),
-            zero_point,
+            operands.zero_point,
             bias,
             bits=grid.bits,
             name=name,
         )
 
     def _widened(
-        self, activations: Activations, operands: tuple[ir.Value, ir.Value, ir.Value | None]
+        self, activations: Activations, operands: WeightOperands
     ) -> tuple[list[ir.Node], OpDefinition]:
         """Cast to float32, the integer product, Cast back, and the bias in the model's own type."""
         linear = self.plan.linear

@@ -23,7 +23,8 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from ...ir.errors import PipelineError
+from ...codegen.target import Target
+from ...ir.errors import PipelineError, TargetError
 from ...ir.views import linears
 from ...runtime.calibration.ranges import Method
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
@@ -170,6 +171,7 @@ class Quantize(Pass):
                 skipped.append(Skipped(linear.name, plan))
             else:
                 plans.append(plan)
+        _check_target(ctx.target, plans)
         return plans
 
     def _scheme_of(
@@ -208,6 +210,17 @@ class Quantize(Pass):
         if matches(name, self.ignore):
             return "ignored"
         return "not a target" if self.targets and not matches(name, self.targets) else None
+
+
+def _check_target(target: Target, plans: list[LayerPlan]) -> None:
+    """Refuse what the target cannot run before any work is done."""
+    for plan in plans:
+        reason = target.unsupported_reason(plan.format)
+        if reason is not None:
+            raise TargetError(
+                f"target {target.name!r} cannot run {plan.linear.name!r} as {plan.scheme}: {reason}",
+                hint="it runs " + "; ".join(target.formats()),
+            )
 
 
 def _report_errors(ctx: PassContext, errors: Mapping[str, LayerErrors]) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...ir import ops, release
 from ...ir.errors import PassError
-from .grid import Floats
+from .quantized_weight import Floats
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 ERROR_KEY = "planish.weight_error"

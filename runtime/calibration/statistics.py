@@ -30,10 +30,12 @@ class Covariance:
         others = rows if others is None else others
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
-            self._sum += rows[part].T @ others[part]
+            # Rows that overflow leave infinities, which whoever reads the mean must look for.
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._sum += rows[part].T @ others[part]
         self.tokens += len(rows)
 
     @property
     def mean(self) -> Doubles:
-        """E[xᵀy]; zeros where there was no row."""
+        """E[xᵀy]; zeros where there was no row. Not finite if rows, or their squares, were not."""
         return self._sum / max(self.tokens, 1)
