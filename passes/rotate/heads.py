@@ -143,6 +143,9 @@ def _moved(node: ir.Node, flow: Flow, output: ir.Value, symbols: _Symbols) -> Fl
     match node.op_type:
         case "Identity" | "Cast":
             return flow
+        case "Reshape" if is_constant(input_at(node, 1)) and not integer(node, "allowzero"):
+            target = enumerate(_integers(node, 1))
+            return flow.reshape([dim or flow.shape[axis] for axis, dim in target])
         case "Reshape" | "Squeeze" | "Unsqueeze":
             return flow.reshape(symbols.shape(output))
         case "Transpose":
