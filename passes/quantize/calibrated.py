@@ -19,8 +19,9 @@ from ...ir.errors import PassError
 from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ..infrastructure.base import PassContext
-from .activations import Activations
 from .algorithms import Algorithm, LayerStatistics
+from .algorithms.rtn import RoundToNearest
+from .convolution_layers import ConvolutionPlan, can_unfold, patch_statistics, quantize_convolution
 from .layer_plan import LayerPlan
 from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
 from .low_rank import low_rank_residual
@@ -28,6 +29,8 @@ from .quantized_weight import Floats, QuantizedWeight
 from .weights import relative_error
 
 Doubles = npt.NDArray[np.float64]
+Plan = LayerPlan | ConvolutionPlan
+Streams = tuple[ActivationStream, ActivationStream | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,33 +66,48 @@ class CalibratedQuantizer:
     calibrator: Method = "min-max"
     percentile: float = 99.99
 
-    def needs_data(self, plans: Iterable[LayerPlan]) -> bool:
+    def _needs_data(self, plans: Iterable[Plan]) -> bool:
         """Whether these layers cannot be quantised without calibration data."""
         return (
             self.algorithm.needs_statistics
             or self.compensate_rank > 0
             or any(
-                plan.activations is not None and plan.activations.granularity == "static" for plan in plans
+                isinstance(plan, LayerPlan)
+                and plan.activations is not None
+                and plan.activations.granularity == "static"
+                for plan in plans
             )
         )
 
-    def run(self, plans: Sequence[LayerPlan]) -> dict[str, LayerErrors]:
-        """Quantise the layers, in the order of the graph; gives each layer's errors by name."""
-        groups = _groups(plans)
-        if not self.needs_data(plans):
-            errors: dict[str, LayerErrors] = {}
-            for group in self.ctx.progress(groups, "quantize linears"):
+    def run(self, plans: Sequence[Plan]) -> dict[str, LayerErrors]:
+        """Quantise the layers, given in the order of the graph; gives each layer's errors by name."""
+        streams = self._streams() if self._needs_data(plans) else None
+        errors: dict[str, LayerErrors] = {}
+        for group in self.ctx.progress(_groups(plans), "quantize layers"):
+            if isinstance(group, ConvolutionPlan):
+                errors[group.convolution.name] = self._quantize_convolution(group, streams)
+            elif streams is None:
                 errors |= self._quantize(group, None)
-            return errors
-        stream = self.ctx.activation_stream(self.model)
-        dense = None
-        if self.algorithm.needs_prefix_error:
-            dense = self.ctx.activation_stream(clone(self.model), releases_weights=True)
-        errors = {}
-        for group in self.ctx.progress(groups, "calibrate and quantize linears"):
-            group, statistics = self._observe(group, stream, dense)
-            errors |= self._quantize(group, statistics)
+            else:
+                errors |= self._quantize(*self._observe(group, *streams))
         return errors
+
+    def _streams(self) -> Streams:
+        """The model as it is rewritten and, for algorithms that compare with it, the dense one."""
+        stream = self.ctx.activation_stream(self.model)
+        if not self.algorithm.needs_prefix_error:
+            return stream, None
+        return stream, self.ctx.activation_stream(clone(self.model), releases_weights=True)
+
+    def _quantize_convolution(self, plan: ConvolutionPlan, streams: Streams | None) -> LayerErrors:
+        remark = self._remark(plan.convolution.name)
+        algorithm, statistics = self.algorithm, None
+        if algorithm.needs_statistics and not can_unfold(plan.convolution):
+            remark("rounded to nearest: statistics are taken of signals and images only")
+            algorithm = RoundToNearest()
+        elif algorithm.needs_statistics and streams is not None:
+            statistics = patch_statistics(plan, _together(*streams, plan.input_name))
+        return LayerErrors(quantize_convolution(self.model, plan, algorithm, statistics, remark))
 
     def _observe(
         self, group: list[LayerPlan], stream: ActivationStream, dense: ActivationStream | None
@@ -187,11 +205,16 @@ def _energy(matrix: Floats, covariance: Doubles) -> float:
     return float(np.einsum("kn,kn->", covariance.astype(np.float32) @ matrix, matrix))
 
 
-def _groups(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
-    """Layers that read the same value in the same way, in the order in which they are first read."""
-    groups: dict[tuple[ir.Value, Activations | None], list[LayerPlan]] = {}
+def _groups(plans: Sequence[Plan]) -> list[list[LayerPlan] | ConvolutionPlan]:
+    """Linears that read the same value in the same way, and convolutions, in the order of the graph."""
+    groups: dict[object, list[LayerPlan] | ConvolutionPlan] = {}
     for plan in plans:
-        groups.setdefault((plan.linear.input, plan.activations), []).append(plan)
+        if isinstance(plan, ConvolutionPlan):
+            groups[plan.convolution.node] = plan
+            continue
+        alike = groups.setdefault((plan.linear.input, plan.activations), [])
+        if isinstance(alike, list):
+            alike.append(plan)
     return list(groups.values())
 
 

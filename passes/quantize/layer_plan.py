@@ -8,8 +8,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ...codegen.linear_format import FLOAT_ACTIVATIONS, LinearFormat
-from ...ir.views import Linear
+from ...ir.views import Convolution, Linear
 from .activations import Activations
+from .convolution_layers import ConvolutionPlan, plan_convolution
 from .formats import CodeBook, Float8
 from .grid import Format
 from .scheme import Scheme
@@ -62,8 +63,14 @@ class Planner:
     activation_clip: float | None
     limit_pairs: Callable[[], bool]
 
-    def plan(self, linear: Linear, scheme: Scheme) -> LayerPlan | str:
+    def plan(self, layer: Linear | Convolution, scheme: Scheme) -> LayerPlan | ConvolutionPlan | str:
         """The plan, or the reason why the layer cannot be quantised by this scheme."""
+        clip = scheme.bits < 5 if self.clip is None else self.clip
+        if isinstance(layer, Convolution):
+            return plan_convolution(layer, scheme, clip=clip)
+        return self._plan_linear(layer, scheme, clip)
+
+    def _plan_linear(self, linear: Linear, scheme: Scheme, clip: bool) -> LayerPlan | str:
         reason = _reason_to_skip(linear, scheme)
         if reason is not None:
             return reason
@@ -71,7 +78,7 @@ class Planner:
         integer_product = activations is not None and scheme.bits == activations.bits == 8
         grid = scheme.grid(
             linear.weight.dtype or ir.DataType.FLOAT,
-            clip=scheme.bits < 5 if self.clip is None else self.clip,
+            clip=clip,
             limit_pairs=integer_product and self.limit_pairs(),
         )
         return LayerPlan(linear, scheme.name, grid, activations)

@@ -1,8 +1,9 @@
-"""Quantise the weights of linears and embedding tables, and the inputs of linears where the scheme says so.
+"""Quantise the weights of linears, convolutions and embedding tables, and inputs where the scheme says so.
 
     MatMul(x, W) + b           →  planish::QuantizedLinear(x, Q, scale, zero_point, b)          A16 schemes
                                →  planish::DynamicQuantizedLinear(x, Q, scale, b)               W8A8, W4A4, …
                                →  planish::StaticQuantizedLinear(x, Q, scale, …, b)             static W8A8
+    Conv(x, W) + b             →  planish::QuantizedConv(x, Q, scale, zero_point, b)            A16 schemes
     Gather(table, ids)         →  planish::QuantizedGather(ids, Q, scale)
 
 W ≈ (Q − zero_point) · scale on the grid that `grid` defines; the integers are chosen by `algorithms`
@@ -25,11 +26,11 @@ import onnx_ir as ir
 
 from ...codegen.target import Target
 from ...ir.errors import PipelineError, TargetError
-from ...ir.views import linears
+from ...ir.views import Convolution, Linear, convolutions, linears
 from ...runtime.calibration.ranges import Method
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
 from .algorithms import ALGORITHMS, algorithm
-from .calibrated import CalibratedQuantizer, LayerErrors
+from .calibrated import CalibratedQuantizer, LayerErrors, Plan
 from .embedding_tables import embedding_tables, quantize_table, reason_to_skip_table
 from .layer_plan import LayerPlan, Planner
 from .scheme import Scheme, parse_scheme
@@ -125,13 +126,13 @@ class Quantize(Pass):
             )
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
-        """Quantise the linears, then the embedding tables."""
+        """Quantise the linears and convolutions in the order of the graph, then the embedding tables."""
         skipped: list[Skipped] = []
-        errors = self._quantize_linears(model, ctx, skipped)
-        unit = "linears"
+        errors = self._quantize_layers(model, ctx, skipped)
+        unit = "linears" + (", convolutions" if convolutions(model) else "")
         if self.embeddings:
             errors |= self._quantize_tables(model, ctx, skipped)
-            unit = "linears and embeddings"
+            unit += " and embeddings"
         for skip in skipped:
             ctx.remark(skip.name, f"not quantised: {skip.reason}")
         _report_errors(ctx, errors)
@@ -141,7 +142,7 @@ class Quantize(Pass):
             statistics={self.scheme: len(errors)},
         )
 
-    def _quantize_linears(
+    def _quantize_layers(
         self, model: ir.Model, ctx: PassContext, skipped: list[Skipped]
     ) -> dict[str, LayerErrors]:
         plans = self._plans(model, ctx, skipped)
@@ -155,7 +156,7 @@ class Quantize(Pass):
         )
         return quantizer.run(plans)
 
-    def _plans(self, model: ir.Model, ctx: PassContext, skipped: list[Skipped]) -> list[LayerPlan]:
+    def _plans(self, model: ir.Model, ctx: PassContext, skipped: list[Skipped]) -> list[Plan]:
         def limit_pairs() -> bool:
             if self.reduce_range == "auto":
                 return ctx.target.adds_products_in_16_bits()
@@ -163,12 +164,14 @@ class Quantize(Pass):
 
         planner = Planner(self.clip, self.activations, self.activation_clip, functools.cache(limit_pairs))
         groups = parse_groups(self.config_groups)
-        plans = []
-        for linear in linears(model):
-            scheme = self._scheme_of(linear.name, linear.node, groups)
-            plan = scheme if isinstance(scheme, str) else planner.plan(linear, scheme)
+        position = {node: index for index, node in enumerate(model.graph)}
+        layers: list[Linear | Convolution] = [*linears(model), *convolutions(model)]
+        plans: list[Plan] = []
+        for layer in sorted(layers, key=lambda layer: position[layer.node]):
+            scheme = self._scheme_of(layer.name, layer.node, groups)
+            plan = scheme if isinstance(scheme, str) else planner.plan(layer, scheme)
             if isinstance(plan, str):
-                skipped.append(Skipped(linear.name, plan))
+                skipped.append(Skipped(layer.name, plan))
             else:
                 plans.append(plan)
         _check_target(ctx.target, plans)
@@ -212,11 +215,11 @@ class Quantize(Pass):
         return "not a target" if self.targets and not matches(name, self.targets) else None
 
 
-def _check_target(target: Target, plans: list[LayerPlan]) -> None:
+def _check_target(target: Target, plans: list[Plan]) -> None:
     """Refuse what the target cannot run before any work is done."""
     for plan in plans:
-        reason = target.unsupported_reason(plan.format)
-        if reason is not None:
+        reason = target.unsupported_reason(plan.format) if isinstance(plan, LayerPlan) else None
+        if reason is not None and isinstance(plan, LayerPlan):
             raise TargetError(
                 f"target {target.name!r} cannot run {plan.linear.name!r} as {plan.scheme}: {reason}",
                 hint="it runs " + "; ".join(target.formats()),
