@@ -13,7 +13,9 @@ matrix product; only inside a block one row follows the other.
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 
+from ..grid import Doubles
 from .curvature import Curvature
 from .rounding import Rounding
 
@@ -39,7 +41,18 @@ def round_with_feedback(
         updated = target[block] + feedback[:start, block].T @ errors[:start]
         if fits_groups:
             part = root[block, block]
-            rounding.fit_group(start // step, updated, part @ part.T)
+            expected = target[block] + _passed_on(feedback[block, block], updated - target[block])
+            rounding.fit_group(start // step, expected, part @ part.T)
         for row in range(start, block.stop):
             value = updated[row - start] + feedback[start:row, row] @ errors[start:row]
             errors[row] = target[row] - rounding.round_row(int(order[row]), value)
+
+
+def _passed_on(feedback: Doubles, change: Doubles) -> Doubles:
+    """How rows change that are not rounded yet, given what the rows before them add to each: [B, N].
+
+    A row that changes without being rounded counts as an error of its own, which the rows behind it make up
+    for in turn: x_j = change_j − Σ_{i<j} feedback_ij x_i.
+    """
+    solved: Doubles = scipy.linalg.solve_triangular(feedback, change, trans="T", unit_diagonal=True)
+    return solved
