@@ -29,7 +29,7 @@ from ...runtime.sensitivity import WeightSensitivity, first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
 from ..quantize.layer_plan import Planner
 from ..quantize.selection import SCHEME_KEY, matches
-from .candidates import Candidate, parse_candidate, require_supported
+from .candidates import Candidate, parse_candidate
 from .layers import Catalogue, Group, Option, changed_weights
 from .program import Budget, choose
 
@@ -39,8 +39,8 @@ class Allocate(Pass):
     """Choose a scheme for every linear by measured sensitivities and kernel times, under a budget.
 
     Attributes:
-        candidates: schemes with float activations, such as ``W3A16`` or ``W4A16_ASYM group_size=32``, and
-            ``dense``.
+        candidates: schemes with float activations, such as ``W3A16``, ``W4A16_ASYM group_size=32`` or
+            ``NF4``, and ``dense``.
         group_size: of candidates that do not say it themselves; by default the scheme's own default.
         bytes: budget: what the weights of these layers may take in a file, in bytes.
         bits_per_weight: budget: bits of integers, scales and zero points over the number of weights.
@@ -51,7 +51,8 @@ class Allocate(Pass):
             for a model with logits, else relative squared error of the outputs.
         targets: names or ``re:`` patterns of the layers to decide about; empty means all.
         ignore: names or ``re:`` patterns of the layers to leave alone.
-        samples: how many calibration samples sensitivities are measured on.
+        samples: how many calibration samples sensitivities are measured on. The model is run on all of them
+            once for each candidate of each layer, or of each group of layers that are decided together.
         together: layers that read the same input (q, k and v; gate and up) get one scheme, so that they can
             be merged and run as one.
         clip: as in ``quantize``.
@@ -95,6 +96,7 @@ class Allocate(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Measure, decide, and write the decision into the nodes' metadata."""
+        samples = self._samples(ctx)
         skipped: list[Skipped] = []
         groups = self._groups(model, ctx, skipped)
         for skip in skipped:
@@ -103,7 +105,8 @@ class Allocate(Pass):
         coverage = Coverage(unit="linears", covered=covered, skipped=tuple(skipped))
         if not groups:
             return PassResult(modified=False, coverage=coverage)
-        groups = _with_losses(groups, model, self._samples(ctx), ctx)
+        self._require_possible(groups)
+        groups = _with_losses(groups, model, samples, ctx)
         chosen = self._solve(groups)
         counts: dict[str, int] = {}
         for group, option in zip(groups, chosen, strict=True):
@@ -130,7 +133,7 @@ class Allocate(Pass):
                 wanted.append(linear)
             else:
                 skipped.append(Skipped(linear.name, reason))
-        catalogue = self._catalogue(ctx, wanted)
+        catalogue = self._catalogue(ctx)
         groups = []
         for members in _members(wanted, together=self.together):
             group, refused = catalogue.group(members)
@@ -143,18 +146,21 @@ class Allocate(Pass):
             groups.append(group)
         return groups
 
-    def _catalogue(self, ctx: PassContext, wanted: Sequence[Linear]) -> Catalogue:
-        candidates = self._parsed()
-        for dtype in {linear.weight.dtype for linear in wanted if not linear.is_quantized}:
-            require_supported(candidates, dtype or ir.DataType.FLOAT, ctx.target)
+    def _catalogue(self, ctx: PassContext) -> Catalogue:
         planner = Planner(self.clip, None, None, ctx.target.adds_products_in_16_bits)
         reference = None if self.latency is None else parse_candidate(self.latency_of, self.group_size)
-        return Catalogue(candidates, reference, planner, ctx.target)
+        return Catalogue(self._parsed(), reference, planner, ctx.target)
 
     def _not_asked_for(self, name: str) -> str | None:
         if matches(name, self.ignore):
             return "ignored"
         return "not a target" if self.targets and not matches(name, self.targets) else None
+
+    def _require_possible(self, groups: Sequence[Group]) -> None:
+        """Fail on a budget that is too low before anything is measured, which takes long."""
+        budgets = [budget for budget in self._budgets(groups) if budget.name != "loss"]
+        if any(budget.limit < budget.smallest() for budget in budgets):
+            raise _infeasible(budgets)
 
     def _solve(self, groups: Sequence[Group]) -> list[Option]:
         budgets = self._budgets(groups)

@@ -170,6 +170,16 @@ def test_bytes_are_those_of_the_containers():
     assert f"{stored} bytes" in ctx.remarks[-1].text
 
 
+def test_code_books_are_candidates_too():
+    elements = WEIGHTS["head"].size
+    _, schemes, ctx = allocate(
+        decoder(), candidates=("NF4", "dense"), group_size=16, bytes=elements, targets=("head",)
+    )
+    assert schemes["head"] == "NF4 group_size=16"
+    # 4 bits a weight, a float32 scale for 16 of them, 16 points of the book.
+    assert f"{elements // 2 + elements // 16 * 4 + 16 * 4} bytes" in ctx.remarks[-1].text
+
+
 def test_a_largest_loss_with_the_least_bits():
     least, expected = math.inf, None
     candidates = [(3, -1), (8, -1), (32, 0)]
@@ -398,8 +408,8 @@ def test_a_scheme_that_the_target_cannot_run_is_refused_before_any_work():
         def unsupported_reason(self, linear):
             return "too few bits" if linear.bits == 2 else None
 
-    with pytest.raises(TargetError, match=r"does not run candidate 'W2A16 group_size=128': too few bits"):
-        allocate(decoder(), samples=[], target=Narrow(), loss=1.0)
+    with pytest.raises(TargetError, match=r"does not run candidate 'W2A16 group_size=16': too few bits"):
+        allocate(decoder(), target=Narrow(), loss=1.0, group_size=16)
 
 
 def test_examples_stand_in_for_calibration_data():
