@@ -56,7 +56,7 @@ class Scheme:
 
 
 SCHEMES = (
-    Scheme(4, 64),
+    Scheme(4, 32),
     Scheme(4, 64, symmetric=True),
     Scheme(4, -1),
     Scheme(3, 64),

@@ -96,10 +96,11 @@ def planish(job: Job, watch: Stopwatch) -> Weights:
     """This package, on the ONNX file. Static grids per group, as the other schemes' files need them."""
     import planish as package
     from planish.ir import ops
+    from planish.passes.infrastructure.pipeline import Pipeline
 
     scheme = f"W{job.bits}A16" + ("" if job.symmetric else "_ASYM")
     options = f"scheme={scheme},group_size={job.group_size},algorithm=gptq,embeddings=false"
-    passes = f"canonicalize,quantize{{{options}}}"
+    passes = Pipeline.of(f"canonicalize,quantize{{{options}}}")
     with watch:
         compiled = package.compile(
             job.folder / "model.onnx", passes, calibration=list(job.feeds()), target="portable", check="none"
@@ -169,9 +170,8 @@ def _unpacked(node: Any, constants: dict[str, Array]) -> Array:
     values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1, size).astype(np.float32)
     zero: Any = 8.0
     if len(node.input) > 3:
-        # Packed without the padding of each row that the kernel expects where K / block_size is odd.
-        zeros = constants[node.input[3]].reshape(-1)
-        zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(rows, -1, 1)
+        zeros = constants[node.input[3]].reshape(rows, -1)
+        zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(rows, -1)[:, : values.shape[1], None]
     scales = constants[node.input[2]].reshape(rows, -1, 1)
     return np.asarray(((values - zero) * scales).reshape(rows, -1)[:, :columns], np.float32)
 
@@ -289,18 +289,11 @@ def nncf(job: Job, watch: Stopwatch) -> Weights:
     """NNCF on OpenVINO. It damps by 0.1 and has 4 bits only; scales are float16."""
     import nncf as package
     import openvino
-    import torch
 
     if job.bits != 4:
         raise SystemExit("nncf: integer weights of 4 bits only")
-    module = job.module()
-    module.config.use_cache = False
-    # From torch: it wants weights [out, in] behind a transposition, which the ONNX file does not have.
-    model = openvino.convert_model(
-        module,
-        example_input={"input_ids": torch.from_numpy(job.calibration[:1])},
-        input=[("input_ids", [-1, -1])],
-    )
+    model = openvino.Core().read_model(job.folder / "model.onnx")
+    _transpose_weights(model)
     mode = package.CompressWeightsMode
     with watch:
         compressed = package.compress_weights(
@@ -309,7 +302,7 @@ def nncf(job: Job, watch: Stopwatch) -> Weights:
             group_size=job.group_size,
             ratio=1.0,
             gptq=True,
-            dataset=package.Dataset([{"input_ids": window[None]} for window in job.calibration]),
+            dataset=package.Dataset(list(job.feeds())),
             subset_size=len(job.calibration),
             backup_mode=package.BackupMode.NONE,
             advanced_parameters=package.AdvancedCompressionParameters(
@@ -317,6 +310,21 @@ def nncf(job: Job, watch: Stopwatch) -> Weights:
             ),
         )
     return _openvino_weights(compressed)
+
+
+def _transpose_weights(model: Any) -> None:
+    """W [K, N] → Wᵀ [N, K] with the transposition in the MatMul: the only layout that NNCF's GPTQ takes."""
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        weight = node.input_value(1).get_node()
+        if weight.get_type_name() != "Constant":
+            continue
+        constant = opset13.constant(np.ascontiguousarray(weight.data.T), name=weight.get_friendly_name())
+        product = opset13.matmul(node.input_value(0), constant, False, True, name=node.get_friendly_name())
+        node.output(0).replace(product.output(0))
 
 
 def _openvino_weights(model: Any) -> Weights:
@@ -329,9 +337,7 @@ def _openvino_weights(model: Any) -> Weights:
             continue
         source = node.input_value(1)
         names = [str(op.get_friendly_name()) for op in _constants_of(source.get_node())]
-        name = next(
-            (m.group(1) for text in names if (m := re.match(r"(?:self\.)?(.*_proj)\.weight", text))), None
-        )
+        name = next((m.group(1) for text in names if (m := re.match(r"(.*_proj)\.weight", text))), None)
         if name is None:
             continue
         alone = openvino.compile_model(openvino.Model([source], [], "weight"), "CPU")
