@@ -365,6 +365,32 @@ def test_a_candidate_that_fits_only_some_layers():
     ]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_weight_that_is_stored_transposed(dtype):
+    """Gemm with transB, in both float types: the same choice as for the MatMul, with the same loss."""
+    kind = {np.float32: "float", np.float16: "float16"}[dtype]
+    results = []
+    for body, weight in (
+        ("y = MatMul (x, w)", WEIGHTS["head"]),
+        ("y = Gemm <transB = 1> (x, w)", np.ascontiguousarray(WEIGHTS["head"].T)),
+    ):
+        model = model_of(
+            body, f"{kind}[rows, {VOCABULARY}] y", {"w": weight.astype(dtype)}, f"{kind}[rows, {K}] x"
+        )
+        samples = [{"x": random(7, K).astype(dtype)}]
+        _, _, ctx = allocate(model, samples=samples, candidates=("W3A16 group_size=16",), loss=1.0)
+        results.append(ctx.remarks[0].text)
+        assert model.graph.node(0).metadata_props["planish.scheme"] == "W3A16 group_size=16"
+    assert results[0] == results[1]
+    changed, exact = (
+        samples[0]["x"].astype(np.float64) @ weight
+        for weight in (rounded(WEIGHTS["head"].astype(dtype), 3, 16), WEIGHTS["head"].astype(dtype))
+    )
+    expected = np.square(changed - exact).sum() / np.square(exact).sum()
+    # Scales are stored in the float type; float16 has 11 bits.
+    assert float(results[0].split("loss ")[1].split(",")[0]) == pytest.approx(expected, rel=2e-2)
+
+
 def test_targets():
     result, schemes, _ = allocate(
         decoder(), candidates=("W8A16",), bits_per_weight=32.0, targets=("re:[qk]",)
