@@ -17,6 +17,7 @@ from torch import fx
 
 from ...ir import clone
 from ...ir.errors import InputError, TargetError
+from ...ir.ops.definition import MINIMUM_OPSET
 from . import attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape
 from .module_names import ModuleNames
 from .registry import Lowering, OpKey, Registry
@@ -68,9 +69,14 @@ def lower(
         ops: entries that extend `OPS`, or take the place of its entries.
 
     Raises:
-        TargetError: an op, attribute or element type that is not lowered; names the node.
+        TargetError: an op, attribute or element type that is not lowered, which names the node; an old opset.
         InputError: ``trainable`` names no floating-point initializer of the graph.
     """
+    if model.opset_imports.get("", 0) < MINIMUM_OPSET:
+        raise TargetError(
+            f"torch-fx: expected opset {MINIMUM_OPSET}, found {model.opset_imports.get('', 0)}",
+            hint="load the model with planish.load, which converts it up",
+        )
     registry = {**OPS, **(ops or {})}
     lowered = _inline(model, registry)
     builder = _Builder(lowered.graph, registry, dtype, torch.device(device), frozenset(trainable))

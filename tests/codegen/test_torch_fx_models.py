@@ -28,7 +28,8 @@ MLP = """<ir_version: 11, opset_import: ["": 23]>
     net (float[batch, 4] "x.in") => (float[batch, 2] "y.out")
     <float[4, 3] "l0.weight" = {1,2,3,4,5,6,7,8,9,-1,-2,-3}, float[3] "l0.bias" = {0.5,-1,2},
      float[3, 2] "l1.weight" = {1,-1,2,1,0,3}>
-    { m = MatMul("x.in", "l0.weight")  h = Add(m, "l0.bias")  a = Tanh(h)  "y.out" = MatMul(a, "l1.weight") }"""
+    { m = MatMul("x.in", "l0.weight")  h = Add(m, "l0.bias")
+      a = Tanh(h)  "y.out" = MatMul(a, "l1.weight") }"""
 X = {"x.in": np.array([[0.1, -0.2, 0.3, 0.4], [0.5, 0.0, -0.6, 0.7]], np.float32)}
 
 
