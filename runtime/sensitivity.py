@@ -7,7 +7,7 @@ the change is KL(softmax(dense) ‖ softmax(changed)), the mean over tokens in n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,13 @@ class WeightSensitivity:
             for feeds in samples
         ]
         if not all(np.isfinite(rows).all() for kept in self._reference for rows in kept.values()):
-            raise InputError("the model's outputs on the calibration data are not finite")
+            raise self._not_finite()
+
+    def _not_finite(self) -> InputError:
+        broken = [name for name, array in self._dense.items() if not np.isfinite(array).all()]
+        if broken:
+            return InputError(f"weight {broken[0]!r} holds NaN or infinity", hint="export the model again")
+        return InputError("the model's outputs on the calibration data are not finite")
 
     def loss(self, changed: Mapping[str, Array]) -> float:
         """The change of the outputs when ``changed`` weights replace their own; infinite if not finite."""
@@ -79,20 +85,16 @@ class WeightSensitivity:
 
 def first_samples(data: Sequence[Feeds], count: int) -> list[Feeds]:
     """The first ``count`` samples of batches: whole batches, and the part of the last one that is needed."""
-    return list(_first_samples(data, count))
-
-
-def _first_samples(data: Sequence[Feeds], count: int) -> Iterator[Feeds]:
+    found: list[Feeds] = []
     for feeds in data:
-        sizes = {array.shape[0] if array.ndim else None for array in feeds.values()}
-        (size,) = sizes if len(sizes) == 1 else (None,)
         if count <= 0:
-            return
-        if size is None or size <= count:
-            yield feeds
-        else:
-            yield {name: array[:count] for name, array in feeds.items()}
+            break
+        sizes = {array.shape[0] if array.ndim else None for array in feeds.values()}
+        size = sizes.pop() if len(sizes) == 1 else None
+        whole = size is None or size <= count
+        found.append(feeds if whole else {name: array[:count] for name, array in feeds.items()})
         count -= size or 1
+    return found
 
 
 def _measured_outputs(model: ir.Model) -> list[str]:

@@ -44,7 +44,8 @@ class Allocate(Pass):
         group_size: of candidates that do not say it themselves; by default the scheme's own default.
         bytes: budget: what the weights of these layers may take in a file, in bytes.
         bits_per_weight: budget: bits of integers, scales and zero points over the number of weights.
-        latency: budget: seconds of these layers relative to ``latency_of``, on the target.
+        latency: budget: seconds of these layers relative to ``latency_of``, on the target; where it runs
+            several numbers of rows, by the geometric means of each layer's times.
         latency_of: the candidate that all layers have where ``latency`` is 1; it need not be one of
             ``candidates``.
         loss: the largest estimated loss; then the least bits are sought. In nats per token (KL divergence)
@@ -139,7 +140,8 @@ class Allocate(Pass):
             group, refused = catalogue.group(members)
             schemes = [option for option in group.options if option.candidate.scheme is not None]
             if not schemes:
-                skipped += [Skipped(linear.name, refused[0][1] if refused else "dense") for linear in members]
+                reason = refused[0][1] if refused else "the only candidate is dense"
+                skipped += [Skipped(linear.name, reason) for linear in members]
                 continue
             for candidate, reason in refused:
                 ctx.remark(group.name, f"cannot be {candidate.text}: {reason}")
@@ -209,12 +211,12 @@ def _known(seconds: float | None) -> float:
 def _infeasible(budgets: Sequence[Budget]) -> PassError:
     """Says how low each budget can be."""
     low = [budget for budget in budgets if budget.limit < budget.smallest()]
+    found, least = (
+        " and ".join(f"{budget.name}={number(budget):.10g}" for budget in low or budgets)
+        for number in (lambda budget: budget.limit, lambda budget: _rounded_up(budget.smallest()))
+    )
     if low:
-        found = ", ".join(f"{budget.name}={budget.limit:g}" for budget in low)
-        least = ", ".join(f"{budget.name}={_rounded_up(budget.smallest()):g}" for budget in low)
         return PassError(f"allocate: no choice keeps {found}; the least that can be reached is {least}")
-    found = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    least = ", ".join(f"{budget.name}={_rounded_up(budget.smallest()):g}" for budget in budgets)
     return PassError(
         f"allocate: no choice keeps {found} together; the least that each reaches alone is {least}",
         hint="raise one of them, or add candidates",
@@ -222,7 +224,7 @@ def _infeasible(budgets: Sequence[Budget]) -> PassError:
 
 
 def _rounded_up(value: float) -> float:
-    """To the six digits that are printed, so that the printed number can be reached."""
+    """To six digits: a number that can be reached, and read."""
     digits = 5 - math.floor(math.log10(value)) if value > 0 else 0
     return math.ceil(value * 10.0**digits) / 10.0**digits
 

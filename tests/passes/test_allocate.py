@@ -502,6 +502,13 @@ def test_a_weight_that_breaks_the_outputs_costs_infinitely_much():
         WeightSensitivity(decoder(), ["q"], [{"x": np.full((1, 2, K), np.inf, np.float32)}])
 
 
+def test_a_broken_weight_is_named():
+    model = decoder()
+    model.graph.initializers["down"].const_value = ir.tensor(np.full_like(WEIGHTS["down"], np.inf))
+    with pytest.raises(InputError, match="weight 'down' holds NaN or infinity"):
+        allocate(model, candidates=("W8A16",), loss=1.0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), count=st.integers(1, 12))
 def test_the_first_samples(sizes, count):
