@@ -7,8 +7,8 @@ A rotation acts on row vectors: x ↦ x·Q. Signs, where they are drawn, are app
 after H they would change nothing about how large the entries of x·Q are. Where n has no Hadamard matrix that
 is known here, Q is block-diagonal with the largest block that has one, and the result says so.
 
-QuaRot (Ashkboos et al., 2024) for the kinds of rotation; QuIP# (Tseng et al., 2024) for Kronecker products
-with Paley's matrices.
+QuaRot (Ashkboos et al., 2024) for the kinds of rotation; QuIP# (Tseng et al., 2024) for orders that are no
+powers of two.
 """
 
 from __future__ import annotations

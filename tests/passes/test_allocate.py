@@ -471,6 +471,22 @@ def test_other_outputs_are_compared_by_their_squares():
     assert sensitivity.loss(changed) == pytest.approx(expected, rel=1e-3)
 
 
+def test_large_outputs_are_compared_on_some_of_the_tokens(monkeypatch):
+    """With room for four tokens of ten, the first, the last and two at equal distances between them count."""
+    monkeypatch.setattr("planish.runtime.sensitivity._MOST_REFERENCE_ELEMENTS", 2 * 4 * VOCABULARY + 3)
+    changed = {"q": rounded(WEIGHTS["q"], 3, -1).astype(np.float32)}
+    found = WeightSensitivity(decoder(), ["q"], SAMPLES).loss(changed)
+    values = []
+    for sample in SAMPLES:
+        p, q = (
+            log_softmax(reference_outputs(sample["x"], weights)).reshape(-1, VOCABULARY)[[0, 3, 6, 9]]
+            for weights in (WEIGHTS, WEIGHTS | changed)
+        )
+        values.append((np.exp(p) * (p - q)).sum(-1))
+    assert found == pytest.approx(np.mean(values), rel=1e-3)
+    assert found != pytest.approx(divergence(changed), rel=1e-2)
+
+
 def test_padding_does_not_count():
     def padded_model():
         return model_of(
