@@ -83,7 +83,8 @@ def round_symmetrically(x: torch.Tensor, bits: int, axis: int = -1) -> torch.Ten
     values = x.detach()
     # A vector of zeros has any grid, but for that of step 0.
     step = (values.abs().amax(axis, keepdim=True) / levels).clamp(min=torch.finfo(x.dtype).tiny)
-    return x + (torch.round(values / step) * step - values)
+    result: torch.Tensor = x + (torch.round(values / step) * step - values)
+    return result
 
 
 def _turn_constants(

@@ -139,7 +139,7 @@ def quantize(model: ir.Model, scheme: str) -> ir.Model:
     return copied
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4", "W8A16", "W4A16", "NF4", "MXFP4", "NVFP4", "FP8"])
 def test_quantised_layers_run_through_their_bodies(scheme: str) -> None:
     rng = np.random.default_rng(0)
     model = parse(
