@@ -11,8 +11,9 @@
 | NVFP4 | E2M1                                    | 16 rows          | E4M3, times one float32 per tensor |
 | FP8   | E4M3: ±448 with 4 significant bits      | a channel        | the model's float type           |
 
-A scale makes the largest point meet the largest weight of its block; MXFP4 rounds it to the power of two below,
-as its specification does, and then the largest weights saturate. With ``clip``, other scales are tried too.
+A scale makes the largest point meet the largest weight of its block; MXFP4 rounds it to the power of two
+below, as its specification does, and then the largest weights saturate. With ``clip``, other scales are tried
+too.
 
 Sources: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314 (NF4); OCP Microscaling Formats v1.0
 (E2M1, E8M0); Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433 (E4M3).

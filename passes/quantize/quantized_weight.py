@@ -4,8 +4,8 @@
     ŵ = codebook[q] · scale             indices into a code book
     ŵ = q · scale                       float8
 
-scale and zero point may be small integers themselves, with a grid of their own (bilevel), and some weights may
-be kept as they were (outliers).
+scale and zero point may be small integers themselves, with a grid of their own (bilevel), and some weights
+may be kept as they were (outliers).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POSITION_BITS = 16
 
 @dataclasses.dataclass(frozen=True)
 class SecondLevel:
-    """The grids of bilevel scales and zero points, each [K / B, ⌈N / block_size⌉]; value = (q − zero) · scale.
+    """The grids of bilevel scales and zero points: value = (q − zero) · scale. [K / B, ⌈N / block_size⌉] each.
 
     Attributes:
         scale_scale: step of the scales.
@@ -145,7 +145,7 @@ class QuantizedWeight:
         return Outliers(positions, outliers.values[inside])
 
     def bits_per_weight(self) -> float:
-        """All that is stored, in bits, over K · N: integers, grids, code book, outliers with their positions."""
+        """All that is stored, in bits, over K · N: integers, grids, code book, outliers, their positions."""
         bits = self.integers.size * self.bits
         if self.second_level is None:
             bits += _bits_of(self.scale)

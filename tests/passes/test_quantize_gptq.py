@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.passes.quantize.algorithms import ALGORITHMS, LayerStatistics, algorithm
+from planish.passes.quantize.algorithms.curvature import curvature
 from planish.passes.quantize.algorithms.gptaq import GPTAQ
 from planish.passes.quantize.algorithms.gptq import GPTQ
 from planish.passes.quantize.algorithms.rtn import round_to_nearest
@@ -256,10 +257,9 @@ def test_settings_reach_the_algorithms_that_have_them():
 # GPTAQ
 
 
-def reference_gptaq(weight, dense, quantized, *, bits, alpha):
+def reference_gptaq(weight, dense, quantized, scale, *, bits, alpha):
     """From the objective: the rows behind take over a row's rounding error and mismatch by least squares."""
     w, rows = weight.astype(np.float64), len(weight)
-    scale = np.abs(weight).max(axis=0) / np.float32(2 ** (bits - 1) - 1)
     integers = np.empty_like(w)
     for i in range(rows):
         integers[i] = np.clip(np.round(w[i] / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -281,9 +281,24 @@ def test_gptaq_follows_from_its_objective(seed, alpha):
     statistics = statistics_of(
         quantized.T @ quantized / len(dense), (dense - quantized).T @ quantized / len(dense)
     )
-    found = GPTAQ(alpha=alpha, damp=0, act_order=False, sweeps=0)(weight, grid_of(4), statistics, no_remark)
-    expected = reference_gptaq(weight, dense, quantized, bits=4, alpha=alpha)
+    gptaq = GPTAQ(alpha=alpha, only_behind=True, damp=0, act_order=False, sweeps=0)
+    found = gptaq(weight, grid_of(4), statistics, no_remark)
+    expected = reference_gptaq(weight, dense, quantized, found.scale, bits=4, alpha=alpha)
     np.testing.assert_array_equal(found.integers, expected)
+
+
+def test_the_whole_correction_is_the_least_squares_solution():
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((24, 5)).astype(np.float32)
+    dense = correlated_inputs(rng, 24)
+    quantized = dense + 0.3 * rng.standard_normal(dense.shape)
+    statistics = statistics_of(
+        quantized.T @ quantized / len(dense), (dense - quantized).T @ quantized / len(dense)
+    )
+    best = np.linalg.lstsq(quantized, dense @ weight.astype(np.float64), rcond=None)[0]
+    for act_order in (True, False):
+        found = curvature(statistics, 24, damp=0, act_order=act_order, remark=no_remark)
+        np.testing.assert_allclose(GPTAQ().target(weight, statistics, found), best, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -314,4 +329,4 @@ def test_gptaq_comes_closer_to_the_dense_output():
         found = gptq(weight, grid_of(4), statistics, no_remark).dequantized()
         return np.linalg.norm(quantized @ found - dense @ weight)
 
-    assert error(GPTAQ(alpha=1.0)) < 0.9 * error(GPTAQ()) < 0.9 * error(GPTQ())
+    assert error(GPTAQ()) < 0.9 * error(GPTAQ(only_behind=True)) < 0.9 * error(GPTQ())

@@ -16,7 +16,7 @@ _LARGEST_DAMPING = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """H = E[x̂ x̂ᵀ] with damping, and R, upper triangular, with R Rᵀ = H + damping · I, in the order of the loop.
+    """H = E[x̂ x̂ᵀ] with damping, and R, upper triangular, R Rᵀ = H + damping · I, in the order of the loop.
 
     Attributes:
         covariance: [K, K] float64, without damping, rows in their natural order.

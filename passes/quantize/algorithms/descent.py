@@ -1,13 +1,14 @@
 """Coordinate descent: go through the rows again and again, each at its best given all the others.
 
-GPTQ's rows make up for errors of rows before them only. With G = (H + λI) E, E = W − Ŵ, the best place for row j
-given every other row is the point nearest to
+GPTQ's rows make up for errors of rows before them only. With G = (H + λI) E, E = W − Ŵ, the best place for
+row j given every other row is the point nearest to
 
     ŵ_j + G_j / (H_jj + λ) ,
 
-and the best scale of a group with integers c = ŵ / s, rows g, is s + cᵀ G_g / cᵀ H_gg c. Neither step can raise
-the error tr Eᵀ (H + λI) E; scales are taken only if they still lower it once they are rounded to their stored
-type. G is kept up to date: rows inside a block one after the other, the others by one product for each block.
+and the best scale of a group with integers c = ŵ / s, rows g, is s + cᵀ G_g / cᵀ H_gg c. Neither step can
+raise the error tr Eᵀ (H + λI) E; scales are taken only if they still lower it once they are rounded to their
+stored type. G is kept up to date: rows inside a block one after the other, the others by one product for each
+block.
 
 In the manner of Behdin et al., QuantEase, 2023, https://arxiv.org/abs/2309.01885; refitting the scales with
 the integers fixed is ordinary least squares.

@@ -1,7 +1,7 @@
 """The loop of GPTQ: each row is rounded where it makes up for the errors of the rows before it.
 
-With H = R Rᵀ, R upper triangular, the error is Σ_j ‖Σ_{i≤j} R_ij e_i‖², e = W − Ŵ, so given the rows before it,
-row j does best as the nearest point to
+With H = R Rᵀ, R upper triangular, the error is Σ_j ‖Σ_{i≤j} R_ij e_i‖², e = W − Ŵ, so given the rows before
+it, row j does best as the nearest point to
 
     w̃_j = w_j + Σ_{i<j} (R_ij / R_jj) e_i .
 

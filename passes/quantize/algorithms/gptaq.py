@@ -4,13 +4,18 @@ With x the dense model's input, x̂ the quantised model's and Δx = x − x̂, t
 
     min over Ŵ of E‖Ŵᵀx̂ − Wᵀx‖²  =  E‖(Ŵ − W)ᵀ x̂ − Wᵀ Δx‖² .
 
-When row i is rounded, the rows behind it also take over its share w_i Δx_i of the mismatch, by least squares.
-With H = E[x̂ x̂ᵀ] = R Rᵀ, U = R⁻¹ and C = E[Δx x̂ᵀ] that adds w_i P_i: to them,
+Completing the square, that is GPTQ's objective around another target than W: with H = E[x̂ x̂ᵀ] and
+C = E[Δx x̂ᵀ],
 
-    P = α · triu(C Uᵀ, 1) · U ,
+    W + α · H⁻¹ Cᵀ W      (α = 1: what is best for x̂ without rounding),
 
-so the loop of GPTQ runs on the target W + Pᵀ W. w_i is the dense model's row, as the objective says; the
-published code takes the row as the loop has changed it by then. α < 1 because C is an estimate.
+and GPTQ's loop and descent run on that. The published algorithm moves only rows behind row i for Δx_i, when
+row i is rounded: with H = R Rᵀ and U = R⁻¹ it adds w_i P_i: to them,
+
+    P = α · triu(C Uᵀ, 1) · U ,   which is the target  W + Pᵀ W ;   without triu(·, 1), Pᵀ is H⁻¹ Cᵀ.
+
+w_i is the dense model's row, as the objective says; the published code takes the row as the loop has changed
+it by then.
 
 Source: Li et al., GPTAQ, 2025, https://arxiv.org/abs/2504.02692.
 """
@@ -34,15 +39,19 @@ class GPTAQ(GPTQ):
     """GPTQ towards the dense model's output.
 
     Attributes:
-        alpha: how much of the mismatch is corrected, 0 to 1.
+        alpha: how much of the mismatch is corrected, 0 to 1; the published default is 0.25.
+        only_behind: correct the mismatch of a row in the rows behind it only, as published. On a small
+            trained decoder at 2 bits in groups of 32, all rows and α = 1 left 4.1 % more perplexity than the
+            dense model, the published form 5.6 %, GPTQ 6.0 %.
     """
 
     needs_prefix_error: ClassVar[bool] = True
 
-    alpha: float = 0.25
+    alpha: float = 1.0
+    only_behind: bool = False
 
     def target(self, weight: Floats, statistics: LayerStatistics, curvature: Curvature) -> Doubles:
-        """W + Pᵀ W, [K, N].
+        """W + α H⁻¹ Cᵀ W or W + Pᵀ W, [K, N].
 
         Raises:
             ValueError: there is no prefix error.
@@ -50,11 +59,12 @@ class GPTAQ(GPTQ):
         if statistics.prefix_error is None:
             raise ValueError("gptaq needs the error of the layer's inputs")
         order, root = curvature.order, curvature.root
-        original = weight.astype(np.float64)
+        target = weight.astype(np.float64)
         mismatch = statistics.prefix_error[np.ix_(order, order)]
         # C Uᵀ transposed is R⁻¹ Cᵀ; its part below the diagonal is triu(C Uᵀ, 1) transposed.
-        taken_over = np.tril(scipy.linalg.solve_triangular(root, mismatch.T), -1)
-        change = scipy.linalg.solve_triangular(root, taken_over @ original[order], trans="T")
-        target = original
+        share = scipy.linalg.solve_triangular(root, mismatch.T)
+        if self.only_behind:
+            share = np.tril(share, -1)
+        change = scipy.linalg.solve_triangular(root, share @ target[order], trans="T")
         target[order] += self.alpha * change
         return target

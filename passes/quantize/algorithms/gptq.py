@@ -1,18 +1,18 @@
 """GPTQ: round one row of [K, N] after the other, and let the rows that are left make up for the error.
 
-Minimises ‖X̂ᵀ(W − Ŵ)‖² = tr (W − Ŵ)ᵀ H (W − Ŵ), H = E[x̂ x̂ᵀ]: the loop of `feedback`, once, gives GPTQ's integers,
-and `descent` improves on them. All of it is float64; columns are independent and go in slabs.
+Minimises ‖X̂ᵀ(W − Ŵ)‖² = tr (W − Ŵ)ᵀ H (W − Ŵ), H = E[x̂ x̂ᵀ]: the loop of `feedback`, once, gives GPTQ's
+integers, and `descent` improves on them. All of it is float64; columns are independent and go in slabs.
 
 - *act-order*: rows with the largest E[x²] first. Grids then come from the original weight (static groups), so
   nothing of the order reaches the runtime. In the natural order, a group's grid is fitted to its updated rows
   when the loop gets there. One grid per channel is always fitted to the original weight.
-- *clipping*, where the grid asks for it: grids of groups minimise the error that the group alone causes in the
-  output (its block of H, as MARLIN does, https://arxiv.org/abs/2408.11743), grids of channels the plain squared
-  error; then each sweep of the descent refits the scales to the integers.
-- *damping*: `damp` times the mean of H's diagonal is added to it; ten times more as long as Cholesky fails, up
-  to 1, after which the layer is rounded to nearest, with a remark.
-- *dead rows*, whose input was always zero in calibration, come out rounded to nearest: the published code sets
-  them to zero, which would delete what calibration happened not to reach.
+- *clipping*, where the grid asks for it: grids of groups minimise the error that the group alone causes in
+  the output (its block of H, as MARLIN does, https://arxiv.org/abs/2408.11743), grids of channels the plain
+  squared error; then each sweep of the descent refits the scales to the integers.
+- *damping*: `damp` times the mean of H's diagonal is added to it; ten times more as long as Cholesky fails,
+  up to 1, after which the layer is rounded to nearest, with a remark.
+- *dead rows*, whose input was always zero in calibration, come out rounded to nearest: the published code
+  sets them to zero, which would delete what calibration happened not to reach.
 
 ``GPTQ(sweeps=0)`` on a grid without clipping is the published algorithm.
 
@@ -66,10 +66,12 @@ class GPTQ:
         found = curvature(statistics, len(weight), damp=self.damp, act_order=self.act_order, remark=remark)
         if found is None or statistics is None:
             return round_to_nearest(weight, grid)
-        grid = grid.prepared(weight)
+        target = self.target(weight, statistics, found)
+        to_fit = target.astype(np.float32)
+        grid = grid.prepared(to_fit)
         metric = statistics.covariance if grid.block_size else None
-        scale, zero = fit(weight, grid, covariance=metric)
-        codes, _ = self.solve(self.target(weight, statistics, found), grid, scale, zero, found)
+        scale, zero = fit(to_fit, grid, covariance=metric)
+        codes, _ = self.solve(target, grid, scale, zero, found)
         return grid.stored(codes, scale, zero)
 
     def target(self, weight: Floats, statistics: LayerStatistics, curvature: Curvature) -> Doubles:

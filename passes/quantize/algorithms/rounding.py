@@ -50,7 +50,7 @@ class Rounding:
         return None if self.zero is None else self.zero[group]
 
     def fit_group(self, group: int, values: Doubles, metric: Doubles) -> None:
-        """Fit the group's grid to ``values`` [B, N], errors weighted by ``metric`` [B, B] if the grid clips."""
+        """Fit the group's grid to ``values`` [B, N], weighted by ``metric`` [B, B] if it clips."""
         scale, zero = fit(values.astype(np.float32), self.grid, covariance=metric)
         self.scale[group] = scale[0]
         if self.zero is not None and zero is not None:

@@ -1,14 +1,14 @@
-"""SpQR: a few weights that would hurt most stay in float16, and scales and zero points are integers themselves.
+"""SpQR: a few weights that would hurt most stay in float16; scales and zero points are integers themselves.
 
     Ŵ = (Q − z) · s   except at the outliers,   s = (Q_s − a) · b,   z = (Q_z − c) · d
 
-- *outliers*: a weight whose rounding error would cost (e_j R_jj)² in the output, more than τ times what leaving
-  out an average weight would cost, mean over all weights of var(w_j) R_jj² (var within a row). At most
-  `largest_share` of the weights, the most costly ones. They are found on grids fitted to all weights; then
-  grids are fitted again without them.
+- *outliers*: weights whose rounding costs the output more than τ times the mean over all weights of
+  var(w_j) R_jj² (var within a row): (e_j R_jj)² by their own error; for the largest of a group also what the
+  whole group would save without it. At most `largest_share` of the weights, the most costly ones. Grids are
+  then fitted without them.
 - *bilevel groups*: the scales of 16 neighbouring columns share a grid of 3 bits, and so do their zero points.
-- GPTQ's loop and descent then choose the integers on these grids; what is added to an outlier to make up for
-  others' errors is stored with it.
+- GPTQ's loop and descent then choose the integers on these grids, towards GPTAQ's target; what is added to an
+  outlier to make up for others' errors is stored with it.
 
 Source: Dettmers et al., SpQR, 2023, https://arxiv.org/abs/2306.03078. There outliers are found, and grids
 fitted, as the loop reaches them; here before it, so that act-order needs no permutation at run time.
@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grid import Doubles, Floats, Format, Grid, fit, nearest_codes
+from ..grid import Doubles, Floats, Format, Grid, fit, nearest_codes, round_to_grid
 from ..quantized_weight import Outliers, QuantizedWeight, SecondLevel
 from .base import LayerStatistics, Remark
 from .curvature import Curvature, curvature
-from .gptq import GPTQ
+from .gptaq import GPTAQ
 
 _FINEST = 2048
 """Steps are at least this part of the largest value, so that what is subtracted fits float16 exactly."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpQR(GPTQ):
-    """SpQR with its settings, beside those of `GPTQ`.
+class SpQR(GPTAQ):
+    """SpQR with its settings, beside those of `GPTAQ`.
 
     Attributes:
         threshold: τ; a larger one keeps fewer outliers.
@@ -58,34 +58,35 @@ class SpQR(GPTQ):
         """
         if not isinstance(grid, Grid):
             raise ValueError("spqr needs a grid of integers, found a code book")
-        plain = dataclasses.replace(grid, symmetric=False, limit_pairs=False)
+        # Its scales are stored on grids of their own, not in the model's type.
+        scale_dtype = np.dtype(np.float32)
+        plain = dataclasses.replace(grid, symmetric=False, limit_pairs=False, scale_dtype=scale_dtype)
         grid = _RealZeroGrid(
             **{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
         )
         found = curvature(statistics, len(weight), damp=self.damp, act_order=self.act_order, remark=remark)
-        if found is None:
+        if found is None or statistics is None:
             integers, level = self._grids(weight, plain, None)
             scale, zero = level.scales(integers[0]), level.zero_points(integers[1])
             blocks = weight.reshape(len(scale), -1, weight.shape[1])
             codes: npt.NDArray[Any] = nearest_codes(blocks, scale, zero, grid).reshape(weight.shape)
             return _stored(codes, integers, level, grid, None)
         metric = found.covariance if grid.block_size else None
-        kept = self._outliers(weight, plain, found)
-        integers, level = self._grids(np.where(kept, np.float32(0), weight), plain, metric)
+        target = self.target(weight, statistics, found)
+        to_fit = target.astype(np.float32)
+        kept = self._outliers(to_fit, plain, found)
+        integers, level = self._grids(np.where(kept, np.float32(0), to_fit), plain, metric)
         scale, zero = level.scales(integers[0]), level.zero_points(integers[1])
-        target = weight.astype(np.float64)
-        codes, values = self.solve(target, grid, scale, zero, found, kept=kept, fixed_grids=True)
+        codes, values = self.solve(
+            self.target(weight, statistics, found), grid, scale, zero, found, kept=kept, fixed_grids=True
+        )
         return _stored(codes, integers, level, grid, Outliers(np.flatnonzero(kept), values))
 
     def _outliers(self, weight: Floats, grid: Grid, curvature: Curvature) -> npt.NDArray[np.bool_]:
         """Which weights [K, N] stay floats."""
-        scale, zero = fit(weight, grid, covariance=curvature.covariance if grid.block_size else None)
-        blocks = weight.reshape(len(scale), -1, weight.shape[1])
-        points = None if zero is None else zero[:, None]
-        rounded = grid.values(nearest_codes(blocks, scale, zero, grid), scale[:, None], points)
         sensitivity = np.empty(len(weight))
         sensitivity[curvature.order] = np.diag(curvature.root) ** 2
-        costs = (weight - rounded.reshape(weight.shape)).astype(np.float64) ** 2 * sensitivity[:, None]
+        costs = _costs(weight, grid, curvature, sensitivity)
         limit = self.threshold * float(np.mean(weight.var(axis=1) * sensitivity))
         allowed = int(self.largest_share * weight.size)
         if np.count_nonzero(costs > limit) > allowed:
@@ -98,6 +99,7 @@ class SpQR(GPTQ):
     ) -> tuple[tuple[Floats, Floats], SecondLevel]:
         """Integers of the scales and of the zero points [K / B, N], and what they stand for."""
         scale, zero = fit(weight, grid, covariance=metric)
+        scale = _without_zeros(scale, weight, self.second_level_block)
         steps, scale_scale, scale_zero = self._second_grid(scale)
         level = SecondLevel(
             scale_scale,
@@ -118,7 +120,8 @@ class SpQR(GPTQ):
         lowest = np.minimum.reduceat(values, starts, axis=1)
         highest = np.maximum.reduceat(values, starts, axis=1)
         top = (1 << self.second_level_bits) - 1
-        step = np.maximum((highest - lowest) / top, np.maximum(highest, 2.0**-20) / _FINEST)
+        step = np.maximum((highest - lowest) / top, highest / _FINEST)
+        step = np.where(step > 0, step, np.float32(1))
         # float16 keeps its precision down to 2^-14; only weights much smaller than usual need float32.
         dtype = np.float16 if step.min() >= np.finfo(np.float16).tiny else np.float32
         step = step.astype(dtype)
@@ -126,6 +129,43 @@ class SpQR(GPTQ):
         block_of = np.arange(values.shape[1]) // self.second_level_block
         parts = values / step.astype(np.float32)[:, block_of] + subtracted.astype(np.float32)[:, block_of]
         return np.clip(np.rint(parts), 0, top), step, subtracted
+
+
+def _costs(weight: Floats, grid: Grid, curvature: Curvature, sensitivity: Doubles) -> Doubles:
+    """What each weight [K, N] costs by not being an outlier.
+
+    That is its own error; for the largest of a group, on which the grid depends, what the group's error would
+    be lower by without it.
+    """
+    metric = curvature.covariance if grid.block_size else None
+    costs = _rounding_costs(weight, grid, metric, sensitivity)
+    groups = costs.reshape(-1, grid.block_size or len(weight), weight.shape[1])
+    largest = np.abs(weight).reshape(groups.shape).argmax(axis=1)[:, None]
+    rest = weight.copy().reshape(groups.shape)
+    np.put_along_axis(rest, largest, 0, axis=1)
+    without = _rounding_costs(rest.reshape(weight.shape), grid, metric, sensitivity).reshape(groups.shape)
+    # A weight that was left out counts as 0, which every grid holds: it costs nothing there.
+    saved = groups.sum(axis=1, keepdims=True) - without.sum(axis=1, keepdims=True)
+    own = np.take_along_axis(groups, largest, axis=1)
+    np.put_along_axis(groups, largest, np.maximum(own, saved), axis=1)
+    return costs
+
+
+def _rounding_costs(weight: Floats, grid: Grid, metric: Doubles | None, sensitivity: Doubles) -> Doubles:
+    """(e_j R_jj)² of each weight [K, N], rounded to nearest."""
+    error = round_to_grid(weight, *fit(weight, grid, covariance=metric), grid).dequantized() - weight
+    costs: Doubles = error.astype(np.float64) ** 2 * sensitivity[:, None]
+    return costs
+
+
+def _without_zeros(scale: Floats, weight: Floats, columns: int) -> Floats:
+    """``scale`` [K / B, N] where groups of zeros, which any scale fits, have the smallest of their block."""
+    empty = ~weight.reshape(len(scale), -1, weight.shape[1]).any(axis=1)
+    open_scale = np.where(empty, np.float32(np.inf), scale)
+    smallest = np.minimum.reduceat(open_scale, np.arange(0, scale.shape[1], columns), axis=1)
+    filled = np.minimum(open_scale, smallest[:, np.arange(scale.shape[1]) // columns])
+    chosen: Floats = np.where(empty, filled, scale)
+    return np.where(np.isinf(chosen), np.float32(1), chosen)
 
 
 class _RealZeroGrid(Grid):
