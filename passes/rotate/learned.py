@@ -79,11 +79,14 @@ class LearnedRotations:
     Attributes:
         matrices: orthogonal float64 matrices Q, for x·Q, by the label of the `Change` that they are for:
             ``R1 model.embed_tokens``, ``R2 model.layers.0.self_attn.v_proj``.
-        losses: the loss of each step, before its update.
+        losses: the loss of each step, before its update; every step has other data.
+        held_out: the loss with the first and with the learned rotations, on data kept from learning. Where
+            learning did not lower it, ``matrices`` are the first ones.
     """
 
     matrices: Mapping[str, Matrix]
     losses: tuple[float, ...]
+    held_out: tuple[float, float]
 
 
 def learn_rotations(
@@ -98,7 +101,8 @@ def learn_rotations(
 
     Args:
         model: canonical, with norms folded, and with the online rotations that will be used; not changed.
-        feeds: complete feeds by graph-input name, small batches of sequences; drawn in random order.
+        feeds: complete feeds by graph-input name, small batches of sequences; drawn in random order. A tenth
+            is kept to compare the learned rotations with the first ones; all, if there is only one.
         rng: draws the first rotations and the order of the feeds.
         learning: how.
         progress: iterates over the numbers of the steps and shows how far it is.
@@ -114,17 +118,23 @@ def learn_rotations(
     if not feeds:
         raise InputError("rotate: learning rotations needs calibration data")
     matrices = [_first_matrix(turn, rng) for turn in turns]
+    first = [matrix.detach().clone() for matrix in matrices]
     loss = _Loss(model, turns, learning)
+    kept = max(1, len(feeds) // 10)
+    seen, held_out = feeds[: len(feeds) - kept] or feeds, feeds[len(feeds) - kept :]
+    before = loss.mean(held_out, first)
     optimizer = CayleySGD(matrices, momentum=learning.momentum)
-    batches = _batches(feeds, learning.sequences, rng)
+    batches = _batches(seen, learning.sequences, rng)
     losses = []
     for step in progress(range(learning.steps)):
         losses.append(loss.add_gradients(next(batches), matrices))
         if not math.isfinite(losses[-1]):
             raise PassError(f"rotate: the loss is {losses[-1]} at step {step} of learning")
         optimizer.step(learning.learning_rate * (1 + math.cos(math.pi * step / learning.steps)) / 2)
-    learned = zip(turns, matrices, strict=True)
-    return LearnedRotations({turn.label: matrix.detach().numpy() for turn, matrix in learned}, tuple(losses))
+    after = loss.mean(held_out, matrices)
+    learned = matrices if after < before else first
+    by_label = {turn.label: matrix.detach().numpy() for turn, matrix in zip(turns, learned, strict=True)}
+    return LearnedRotations(by_label, tuple(losses), (before, after))
 
 
 def find_turns(model: ir.Model) -> list[Turn]:
@@ -190,7 +200,7 @@ class _Loss:
     def __init__(self, model: ir.Model, turns: Sequence[Turn], learning: Learning) -> None:
         self._objective = _objective(model, learning)
         self._output = str(model.graph.outputs[0].name) if self._objective == "output" else _LOGITS
-        self._dense = None if self._objective == "next-token" else lower(model)
+        self._dense = None if self._objective == "next-token" else lower(model, dtype=torch.float32)
         self._module = turned_module(
             model,
             turns,
@@ -199,6 +209,12 @@ class _Loss:
             ignore=learning.ignore,
             output=self._output,
         )
+
+    def mean(self, batch: Sequence[Feeds], matrices: Sequence[torch.Tensor]) -> float:
+        """The mean loss over ``batch``."""
+        with torch.no_grad():
+            losses = [float(self._of(item, matrices)) * _sequences(item) for item in batch]
+        return sum(losses) / sum(map(_sequences, batch))
 
     def add_gradients(self, batch: Sequence[Feeds], matrices: Sequence[torch.Tensor]) -> float:
         """Add the gradients of the mean loss over ``batch`` to the matrices'; returns the loss."""

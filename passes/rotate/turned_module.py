@@ -39,7 +39,7 @@ def turned_module(
     ignore: Collection[str],
     output: str,
 ) -> fx.GraphModule:
-    """Lower ``model`` with one more argument, ``rotation_0`` …, for each of ``turns``, in their order.
+    """Lower ``model`` to float32 with an argument more, ``rotation_0`` …, for each of ``turns`` in order.
 
     Args:
         model: not changed.
@@ -49,7 +49,7 @@ def turned_module(
         ignore: names of linears that are left alone.
         output: the graph output to return; what it does not need is not computed.
     """
-    module = lower(model)
+    module = lower(model, dtype=torch.float32)
     by_value = {node.meta[VALUE_KEY]: node for node in module.graph.nodes if VALUE_KEY in node.meta}
     turned = _turn_constants(module, turns, by_value)
     rounded = [linear for linear in linears(model) if linear.name not in ignore]

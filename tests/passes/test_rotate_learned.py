@@ -232,6 +232,20 @@ def test_objectives_compare_with_the_dense_model() -> None:
         assert losses == pytest.approx((reference,), rel=1e-3)
 
 
+def test_rotations_that_do_not_help_on_other_data_are_not_taken() -> None:
+    model, data = decoder(), feeds(12)
+    learning = Learning(steps=30, sequences=2, learning_rate=1.5, activation_bits=3)
+    start = learn_rotations(model, data, rng=np.random.default_rng(0), learning=Learning(steps=0))
+    outcomes = set()
+    for first in (0, 1, 2, 3, 4, 5):
+        learned = learn_rotations(model, data[first:], rng=np.random.default_rng(0), learning=learning)
+        before, after = learned.held_out
+        is_taken = not np.array_equal(learned.matrices["R1 embed"], start.matrices["R1 embed"])
+        assert is_taken == (after < before)
+        outcomes.add(is_taken)
+    assert outcomes == {True, False}
+
+
 def test_learning_is_reproducible() -> None:
     learning = Learning(steps=3, sequences=2)
     first, second, other = (
