@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..infrastructure.base import Skipped
 from .change import Change, Edit
-from .streams import Stream, is_norm, is_weightless, norm_name, trace_stream
+from .streams import Stream, is_norm, is_weightless, trace_stream
 from .vectors import VectorFunction
 
 Draw = Callable[[int, str], tuple[VectorFunction, tuple[str, ...]]]
@@ -73,8 +73,9 @@ def _name(stream: Stream) -> str:
 def _reason_to_skip(stream: Stream) -> str | None:
     weighted = next((norm for norm in stream.norms if not _commutes(norm)), None)
     if weighted is not None:
-        kind = "is a LayerNorm" if weighted.op_type == "LayerNormalization" else "has weights"
-        return f"the norm {norm_name(weighted)} {kind}: run fold-norms first"
+        if weighted.op_type == "LayerNormalization":
+            return "a LayerNorm reads the stream: fold-norms makes it an RMSNorm if it can be centred"
+        return "a norm with weights reads the stream: fold-norms moves them if only linears read the norm"
     if stream.obstacles:
         return str(stream.obstacles[0])
     return Change("R1", "", _all(stream)).reason_not_to_make()

@@ -184,12 +184,12 @@ def test_a_linear_that_is_called_twice_turns_once():
 
 WEIGHTED = weights_of() | {"norm.weight": np.full(WIDTH, 2.0)}
 NOT_ROTATED = {
-    "a norm has weights": (DECODER, {}, WEIGHTED, "the norm norm has weights: run fold-norms first"),
+    "a norm has weights": (DECODER, {}, WEIGHTED, "a norm with weights reads the stream: fold-norms"),
     "a norm subtracts the mean": (
         DECODER.replace(f"f = {RMS}", "f = LayerNormalization <axis = -1, epsilon = 1e-3>"),
         {},
         weights_of(),
-        "the norm final is a LayerNorm: run fold-norms first",
+        "a LayerNorm reads the stream: fold-norms",
     ),
     "a norm writes it, as in Gemma 2": (
         DECODER.replace("y = Add (x, d)", f"b = {RMS} (d, post__weight) y = Add (x, b)"),
