@@ -30,13 +30,14 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from .grid import Floats, Format, storable_floats
-from .quantized_weight import QuantizedWeight
+from .grid import Format, storable_floats
+from .quantized_weight import Floats, QuantizedWeight
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _LARGEST_E4M3 = 448.0
+_SMALLEST_E4M3 = 2.0**-9
 _POWER_OF_TWO_FACTORS = (2.0, 0.5)
 
 
@@ -116,9 +117,9 @@ class CodeBook:
             )
             return np.exp2(np.clip(exponent, -126, 127)).astype(np.float32)
         if self.scale_dtype == _E4M3:
-            smallest = float(ml_dtypes.finfo(_E4M3).smallest_subnormal)
-            parts = np.clip(scale / self.tensor_scale, smallest, _LARGEST_E4M3).astype(_E4M3)
-            return parts.astype(np.float32) * np.float32(self.tensor_scale)
+            parts = np.clip(scale / self.tensor_scale, _SMALLEST_E4M3, _LARGEST_E4M3).astype(_E4M3)
+            stored: Floats = parts.astype(np.float32) * np.float32(self.tensor_scale)
+            return stored
         return storable_floats(scale, self.scale_dtype)
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from .grid import Floats
+from .quantized_weight import Floats
 
 Doubles = npt.NDArray[np.float64]
 

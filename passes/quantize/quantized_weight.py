@@ -25,7 +25,7 @@ _POSITION_BITS = 16
 
 @dataclasses.dataclass(frozen=True)
 class SecondLevel:
-    """The grids of bilevel scales and zero points: value = (q − zero) · scale. [K / B, ⌈N / block_size⌉] each.
+    """The grids of bilevel scales and zero points, [K / B, ⌈N / block_size⌉]: value = (q − zero) · scale.
 
     Attributes:
         scale_scale: step of the scales.

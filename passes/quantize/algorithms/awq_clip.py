@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from ..grid import Floats, Format, fit, round_to_grid
-from ..quantized_weight import QuantizedWeight
+from ..grid import Format, fit, round_to_grid
+from ..quantized_weight import Floats, QuantizedWeight
 from .base import LayerStatistics, Remark, covariance_of
 
 _FACTORS = tuple(1 - 0.5 * step / 20 for step in range(1, 21))

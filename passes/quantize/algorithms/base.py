@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ..grid import Doubles, Floats, Format
-from ..quantized_weight import QuantizedWeight
+from ..grid import Doubles, Format
+from ..quantized_weight import Floats, QuantizedWeight
 
 Remark = Callable[[str], None]
 """Takes one sentence about the layer at hand."""

@@ -27,8 +27,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..grid import Doubles, Floats, Format, fit
-from ..quantized_weight import QuantizedWeight
+from ..grid import Doubles, Format, fit
+from ..quantized_weight import Floats, QuantizedWeight
 from .base import LayerStatistics, Remark
 from .curvature import Curvature, curvature
 from .descent import descend
@@ -88,7 +88,7 @@ class GPTQ:
         *,
         kept: npt.NDArray[np.bool_] | None = None,
         fixed_grids: bool = False,
-    ) -> tuple[Doubles, npt.NDArray[np.float16]]:
+    ) -> tuple[Floats, npt.NDArray[np.float16]]:
         """Choose codes, one slab of columns after the other.
 
         Args:
@@ -103,7 +103,7 @@ class GPTQ:
         Returns:
             Codes [K, N] and the values [nnz] of the kept weights, row by row.
         """
-        codes = np.empty_like(target)
+        codes = np.empty(target.shape, np.float32)
         values = np.zeros(target.shape if kept is not None else (0, 0), np.float16)
         for start in range(0, target.shape[1], _COLUMNS_AT_ONCE):
             part = (slice(None), slice(start, start + _COLUMNS_AT_ONCE))

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from ..grid import Doubles, Floats, Format, fit, nearest_codes, pair_bounds
+from ..grid import Doubles, Format, fit, nearest_codes, pair_bounds
+from ..quantized_weight import Floats
 
 
 @dataclasses.dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from ..grid import Floats, Format, fit, round_to_grid
-from ..quantized_weight import QuantizedWeight
+from ..grid import Format, fit, round_to_grid
+from ..quantized_weight import Floats, QuantizedWeight
 from .base import LayerStatistics, Remark
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grid import Doubles, Floats, Format, Grid, fit, nearest_codes, round_to_grid
-from ..quantized_weight import Outliers, QuantizedWeight, SecondLevel
+from ..grid import Doubles, Format, Grid, fit, nearest_codes, round_to_grid
+from ..quantized_weight import Floats, Outliers, QuantizedWeight, SecondLevel
 from .base import LayerStatistics, Remark
 from .curvature import Curvature, curvature
 from .gptaq import GPTAQ
