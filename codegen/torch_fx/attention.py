@@ -52,12 +52,23 @@ def attention(
     scores = (q * factor) @ (k * factor).mT
     capped = softcap * torch.tanh(scores / softcap) if softcap else scores
     bias = _bias(mask, capped, bool(is_causal), 0 if past_key is None else past_key.shape[2])
-    biased = capped if bias is None else capped + bias
-    probabilities = _softmax(biased, bias, softmax_precision)
+    hidden = None if bias is None else torch.isneginf(bias).all(-1, keepdim=True)
+    probabilities = _softmax(capped, bias, hidden, softmax_precision)
     result = probabilities @ v
+    if hidden is not None:
+        result = result.masked_fill(hidden, 0)
     if packed:
         result = result.transpose(1, 2).flatten(2)
-    return result, present_key, present_value, (scores, capped, biased, probabilities)[qk_matmul_output_mode]
+    match qk_matmul_output_mode:
+        case 0:
+            shown = scores
+        case 1:
+            shown = capped
+        case 2:
+            shown = capped if bias is None else capped + bias
+        case _:
+            shown = probabilities if hidden is None else probabilities.masked_fill(hidden, 0)
+    return result, present_key, present_value, shown
 
 
 def _heads(x: Tensor, heads: int | None) -> Tensor:
@@ -84,13 +95,15 @@ def _bias(mask: Tensor | None, scores: Tensor, is_causal: bool, past: int) -> Te
     return bias
 
 
-def _softmax(scores: Tensor, bias: Tensor | None, precision: torch.dtype | None) -> Tensor:
+def _softmax(
+    scores: Tensor, bias: Tensor | None, hidden: Tensor | None, precision: torch.dtype | None
+) -> Tensor:
+    if bias is not None and hidden is not None:
+        # A row that sees nothing is opened, and its result set to zero: its own gradient would be NaN. The
+        # bias is smaller than the scores, so it is done here.
+        scores = scores + bias.masked_fill(hidden, 0)
     wide = scores if precision is None else scores.to(precision)
-    if bias is None:
-        return torch.softmax(wide, -1).to(scores.dtype)
-    hidden = torch.isneginf(bias).all(-1, keepdim=True)
-    # The scores of such a row are replaced before the softmax: its gradient would be NaN.
-    return torch.softmax(wide.masked_fill(hidden, 0), -1).masked_fill(hidden, 0).to(scores.dtype)
+    return torch.softmax(wide, -1).to(scores.dtype)
 
 
 def rotary_embedding(
