@@ -201,7 +201,7 @@ def test_weights_are_rounded_behind_their_rotation() -> None:
 def test_learning_lowers_the_loss() -> None:
     model, data = decoder(), feeds(1)
     before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
-    learning = Learning(steps=60, sequences=2, learning_rate=0.5, activation_bits=3)
+    learning = Learning(steps=60, sequences=2, learning_rate=0.5, activation_bits=3, objective="next-token")
     learned = learn_rotations(model, data, rng=np.random.default_rng(0), learning=learning)
     assert len(learned.losses) == 60
     # All steps see the same data, so the losses compare; rounding makes single ones jump.
