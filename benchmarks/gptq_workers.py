@@ -266,6 +266,8 @@ def gptqmodel(job: Job, watch: Stopwatch) -> Weights:
         desc_act=False,
         act_group_aware=False,
         damp_percent=_DAMP,
+        # Its packed layers are read here, and would be on disk.
+        offload_to_disk=False,
         device="cpu",
     )
     model = GPTQModel.load(str(job.folder / "model"), settings, dtype=torch.float32)

@@ -76,7 +76,9 @@ def bits_per_weight(model: ir.Model, float_bits: int | None = None) -> float:
         assert weight.const_value is not None
         weights += weight.const_value.size
         names.add(str(weight.name).removesuffix(".weight_quantized"))
-        narrow = (weight, ops.operand(node, "zero_point"))
+        # Bilevel zero points are as wide as their own container.
+        bilevel = ops.operand(node, "scale_scale") is not None
+        narrow = (weight,) if bilevel else (weight, ops.operand(node, "zero_point"))
         for value in node.inputs[1:]:
             if value is None or value is bias or value.const_value is None:
                 continue
@@ -124,7 +126,10 @@ class Decoder:
         start = time.perf_counter()
         try:
             compiled = planish.compile(
-                self._graph(row.subject), row.passes, calibration=self._calibration, target="portable"
+                self._graph(row.subject),
+                f"canonicalize,{row.passes}",
+                calibration=self._calibration,
+                target="portable",
             )
         except PlanishError as error:
             return Measured(failure=error.message)

@@ -99,9 +99,11 @@ class ActivationStream:
             self._release(piece.nodes)
 
     def _release(self, nodes: Sequence[ir.Node]) -> None:
+        # What is computed again at every piece, a norm of the embeddings say, keeps its weights.
+        finished = {node for node in self._done if node.outputs[0].name not in self._again}
         weights = {value for node in nodes for value in node.inputs if value is not None}
         for value in weights:
-            if value.is_initializer() and all(use.node in self._done for use in value.uses()):
+            if value.is_initializer() and all(use.node in finished for use in value.uses()):
                 value.const_value = None
 
 

@@ -105,6 +105,19 @@ def test_weights_of_a_copy_go_as_it_runs():
     assert held == {"three"}
 
 
+def test_a_copy_keeps_weights_that_are_read_again():
+    # `shift` follows from the input alone and is computed again at every piece, so its weight must stay.
+    proto = onnx.parser.parse_model(TEXT.replace("Neg (x)", "Mul (x, shifts)"))
+    for name, shape in {"shifts": (4,), "one": (4, 4), "two": (4, 4), "three": (4, 4)}.items():
+        array = RNG.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = planish.ir.load(proto)
+    stream = ActivationStream(clone(model), DATA, releases_weights=True)
+    values(stream, "shift")
+    for found, feeds in zip(values(stream, "e"), DATA, strict=True):
+        np.testing.assert_allclose(found, run_model(model, feeds, ["e"])["e"], rtol=1e-6, atol=1e-6)
+
+
 def test_no_data_is_an_error():
     with pytest.raises(planish.InputError, match="no calibration data"):
         ActivationStream(make_model(), [])
