@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from ...ir.errors import PipelineError
+from ...ir.views import linears
 from ..infrastructure.base import Coverage, Fact, Pass, PassContext, PassResult, Skipped
 from ..quantize.scheme import parse_scheme
 from .change import Change
@@ -90,9 +91,9 @@ class Rotate(Pass):
             changes, left = self._find([name for name in self.rotations if name in wanted], model, ctx)
             found += changes
             skipped += left
+            for skip in left:
+                ctx.remark(skip.name, f"not rotated: {skip.reason}")
             made += self._make(changes, model, ctx, skipped)
-        for skip in skipped:
-            ctx.remark(skip.name, f"not rotated: {skip.reason}")
         counts = collections.Counter(sorted(change.rotation for change, _ in made))
         caches = (change.cache for change, _ in made if change.cache is not None)
         return PassResult(
@@ -104,7 +105,9 @@ class Rotate(Pass):
                 required=self.when == "always" or not found,
             ),
             redefined_outputs=frozenset(str(cache.name) for cache in caches if cache.is_graph_output()),
-            statistics=dict(counts) | _report(made, ctx) | ({"weights-untied": untied} if untied else {}),
+            statistics=dict(counts)
+            | _report(made, model, ctx)
+            | ({"weights-untied": untied} if untied else {}),
         )
 
     def _find(
@@ -144,7 +147,7 @@ class Rotate(Pass):
                 change.make(model)
                 yield change, verdict
             else:
-                ctx.remark(change.label, str(verdict))
+                ctx.remark(change.label, f"not rotated: {reason}; {verdict}")
                 skipped.append(Skipped(change.label, reason))
 
     def _draw(self, model: ir.Model, ctx: PassContext) -> Draw:
@@ -161,12 +164,14 @@ class Rotate(Pass):
         )
 
 
-def _report(made: Sequence[tuple[Change, Verdict]], ctx: PassContext) -> dict[str, int]:
-    """A remark for every rotation and every layer; counts the layers whose error fell and those that rose."""
+def _report(made: Sequence[tuple[Change, Verdict]], model: ir.Model, ctx: PassContext) -> dict[str, int]:
+    """A remark for every rotation and every layer; counts the layers whose error fell and the others."""
     for change, verdict in made:
         ctx.remark(change.label, "; ".join((str(verdict), *change.remarks)))
     counts = {"layers-better": 0, "layers-worse": 0}
-    for name, text, is_better in layer_remarks([verdict for _, verdict in made]):
+    order = {linear.name: index for index, linear in enumerate(linears(model))}
+    layers = layer_remarks([verdict for _, verdict in made])
+    for name, text, is_better in sorted(layers, key=lambda layer: order.get(layer[0], len(order))):
         ctx.remark(name, text)
         counts["layers-better" if is_better else "layers-worse"] += 1
     return counts
