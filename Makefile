@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Further implementations to compare GPTQ with: --peer NAME=INTERPRETER, as often as wanted.
+GPTQ_PEERS ?=
 
 .PHONY: demo test lint types layers benchmark clean
 
@@ -30,6 +32,9 @@ benchmark: $(VENV)/.bench
 	$(BIN)/python benchmarks/foreign_onnx.py
 	$(BIN)/python benchmarks/graph_speed.py
 	$(BIN)/python benchmarks/contract.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/gptq_peers.py $(GPTQ_PEERS)
+	$(BIN)/python benchmarks/gptq_cost.py
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

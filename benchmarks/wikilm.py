@@ -1,8 +1,8 @@
 """The small trained language model of the quality measurements: where it is, its windows, its perplexity.
 
 The model (a Llama with 6.5 M parameters) and its text lie outside the repository, in a folder with
-``models/wikilm`` and ``data/wikitext2`` that ``--shared`` or the variable ``PLANISH_SHARED`` names; by default
-in ``shared`` beside the repository.
+``models/wikilm`` and ``data/wikitext2`` that ``--shared`` or the variable ``PLANISH_SHARED`` names; without
+either, in ``shared`` beside the repository.
 
 Protocol: `evaluation.txt` is tokenised whole and cut into windows of 385 tokens with stride 384; tokens 2…385
 of each window are predicted from those before them in the window. Perplexity is exp of the mean negative log
