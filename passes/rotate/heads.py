@@ -252,7 +252,10 @@ def _check_only_reader(
         if node is reader or node.op_type == "Shape":
             continue
         for output in node.outputs:
-            taken = _through(node, held, output, symbols)
+            try:
+                taken = _through(node, held, output, symbols)
+            except NoHeads as unknown:
+                raise NoHeads(f"{node.op_type} reads the values too") from unknown
             parts = taken if isinstance(taken, list) else [taken]
             if np.isin(
                 list(itertools.chain(*(part.reshape(-1) % features for part in parts))), columns

@@ -19,6 +19,7 @@ from ...ir.views import AttentionBlock, Linear, attentions, blocks
 from ...ir.views.linears import as_linear
 from ...ir.views.values import input_at, static_dim
 from ..infrastructure.base import Skipped
+from .cache import reason_to_keep_cache
 from .carried import carried
 from .change import Change, Edit, Online, gain
 from .hadamard import KroneckerHadamard, kronecker_hadamard, largest_block
@@ -47,8 +48,9 @@ def key_rotations(model: ir.Model) -> tuple[list[Change], list[Skipped]]:
 
 
 def _reason_not_to_rotate_keys(block: AttentionBlock) -> str | None:
-    if block.past_key is not None and not block.past_key.is_graph_input():
-        return "the cached keys are not an input of the graph"
+    reason = reason_to_keep_cache(block.node, block.past_key, block.present_key)
+    if reason is not None:
+        return reason
     if block.head_size is not None and largest_block(block.head_size) < 2:
         return f"{block.head_size} channels have no Hadamard matrix, not even in blocks"
     widths = [static_dim(input_at(block.node, index), -1) for index in (0, 1)]

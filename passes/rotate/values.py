@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from ...ir.views import AttentionBlock, Linear, attentions, linears
 from ..infrastructure.base import Skipped
+from .cache import reason_to_keep_cache
 from .change import Change, Edit, Online, gain
 from .hadamard import KroneckerHadamard, hadamard_matrix, largest_block
 from .heads import Indices, NoHeads, output_rows, value_columns
@@ -52,13 +53,14 @@ def _value_rotation(
     block: AttentionBlock, found: Sequence[Linear], draw: Draw, across_heads: bool
 ) -> Change | str:
     """The change, or why there is none."""
-    if block.past_value is not None and not block.past_value.is_graph_input():
-        return "the cached values are not an input of the graph"
+    reason = reason_to_keep_cache(block.node, block.past_value, block.present_value)
+    if reason is not None:
+        return reason
     try:
         value, columns = value_columns(block, found)
         output, rows = output_rows(block)
-    except NoHeads as reason:
-        return str(reason)
+    except NoHeads as unknown:
+        return str(unknown)
     if len(rows) % len(columns) or rows.shape[1] != columns.shape[1]:
         return f"values have {columns.shape} heads and channels, the output projection {rows.shape}"
     function, remarks = draw(columns.shape[1], f"R2 {value.name}")

@@ -236,6 +236,24 @@ def test_queries_and_keys_are_transformed_alike(layout):
     assert_same(run(model)[0], before)
 
 
+@pytest.mark.parametrize(("rotation", "cache"), [("R2", "value"), ("R3", "key")])
+@pytest.mark.parametrize("end", ["past", "present"])
+def test_a_cache_that_something_else_reads_stays(rotation, cache, end):
+    model = model_of(SEPARATE + CACHED + OUT + f" more = Relu ({end}_{cache})", cached=True)
+    before = format_model(model)
+    result, _ = rotate(model, rotation)
+    assert [skip.reason for skip in result.coverage.skipped] == ["Relu reads its cache too"]
+    assert format_model(model) == before
+
+
+@pytest.mark.parametrize("rotation", ["R2", "R3"])
+def test_a_cache_that_is_computed_stays(rotation):
+    body = "pk = Abs (past_key) pv = Abs (past_value)" + CACHED.replace("past_key, past_value)", "pk, pv)")
+    model = model_of(SEPARATE + body + OUT, cached=True)
+    result, _ = rotate(model, rotation)
+    assert [skip.reason for skip in result.coverage.skipped] == ["its cache is not an input of the graph"]
+
+
 MIXED = SEPARATE.replace(f"v4 = Reshape (vp, by_kv_head) v = {TURN} (v4)", "v = Reshape (vp, mixing)")
 NOT_R2 = {
     "tokens and heads are mixed": (
@@ -248,7 +266,7 @@ NOT_R2 = {
     ),
     "the values are read by something else": (
         SEPARATE + ATTENTION + OUT.replace("o = MatMul (merged", "w = Relu (v4) o = MatMul (merged"),
-        "Relu stands between",
+        "Relu reads the values too",
     ),
     "a slice of the values is read by something else": (
         LAYOUTS["sliced"] + " more = Slice (qkv, q_end, v_end, second)",
