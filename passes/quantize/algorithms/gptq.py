@@ -48,7 +48,9 @@ class GPTQ:
         damp: part of the mean of H's diagonal that is added to the diagonal.
         act_order: rows with the largest E[x²] first, with static groups.
         block_size: rows that are updated by one matrix product.
-        sweeps: passes of coordinate descent after the loop.
+        sweeps: passes of coordinate descent after the loop. On a small trained decoder at 2 bits per channel
+            they brought the output error from 23 % of that of rounding to 17 %, six to 16 %. Each takes about
+            two thirds of the loop's time.
     """
 
     needs_statistics: ClassVar[bool] = True

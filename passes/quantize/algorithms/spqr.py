@@ -59,27 +59,21 @@ class SpQR(GPTAQ):
         if not isinstance(grid, Grid):
             raise ValueError("spqr needs a grid of integers, found a code book")
         # Its scales are stored on grids of their own, not in the model's type.
-        scale_dtype = np.dtype(np.float32)
-        plain = dataclasses.replace(grid, symmetric=False, limit_pairs=False, scale_dtype=scale_dtype)
-        grid = _RealZeroGrid(
-            **{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        )
+        grid = _RealZeroGrid(grid.bits, False, grid.block_size, np.dtype(np.float32), grid.clip)
         found = curvature(statistics, len(weight), damp=self.damp, act_order=self.act_order, remark=remark)
         if found is None or statistics is None:
-            integers, level = self._grids(weight, plain, None)
+            integers, level = self._grids(weight, grid, None)
             scale, zero = level.scales(integers[0]), level.zero_points(integers[1])
             blocks = weight.reshape(len(scale), -1, weight.shape[1])
-            codes: npt.NDArray[Any] = nearest_codes(blocks, scale, zero, grid).reshape(weight.shape)
-            return _stored(codes, integers, level, grid, None)
-        metric = found.covariance if grid.block_size else None
+            nearest = nearest_codes(blocks, scale, zero, grid).reshape(weight.shape)
+            return _stored(nearest, integers, level, grid, None)
         target = self.target(weight, statistics, found)
         to_fit = target.astype(np.float32)
-        kept = self._outliers(to_fit, plain, found)
-        integers, level = self._grids(np.where(kept, np.float32(0), to_fit), plain, metric)
+        kept = self._outliers(to_fit, grid, found)
+        metric = found.covariance if grid.block_size else None
+        integers, level = self._grids(np.where(kept, np.float32(0), to_fit), grid, metric)
         scale, zero = level.scales(integers[0]), level.zero_points(integers[1])
-        codes, values = self.solve(
-            self.target(weight, statistics, found), grid, scale, zero, found, kept=kept, fixed_grids=True
-        )
+        codes, values = self.solve(target, grid, scale, zero, found, kept=kept, fixed_grids=True)
         return _stored(codes, integers, level, grid, Outliers(np.flatnonzero(kept), values))
 
     def _outliers(self, weight: Floats, grid: Grid, curvature: Curvature) -> npt.NDArray[np.bool_]:
