@@ -7,9 +7,13 @@ trained one of `wikilm`, and a larger random decoder for wall time and memory al
     python benchmarks/gptq_peers.py                       # planish, onnxruntime, nncf: the `bench` extra
     python benchmarks/gptq_peers.py --peer gptqmodel=/path/to/its/bin/python --peer llmcompressor=…
 
-onnxruntime and nncf come with ``.[bench]``. The others want versions of torch and transformers of their own,
-so each lives in an environment of its own that is named by its interpreter. Writes
-``benchmarks/results/gptq_peers.md``.
+onnxruntime and nncf come with ``.[bench]``. The others want other versions of torch and transformers, so each
+lives in an environment of its own that is named by its interpreter. Seen to run on CPU with torch 2.13 and
+transformers 5.23, installed first, though their own requirements are narrower (then ``--no-deps``):
+llmcompressor 0.14.0.1, neural-compressor-pt 3.10 (which needs accelerate and does not ask for it) and
+gptqmodel 7.7.0. Not: auto-gptq 0.7.1, which imports what transformers 5 no longer has.
+
+Writes ``benchmarks/results/gptq_peers.md``.
 """
 
 from __future__ import annotations
