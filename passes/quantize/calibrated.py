@@ -30,6 +30,8 @@ from .weights import relative_error
 
 Doubles = npt.NDArray[np.float64]
 Plan = LayerPlan | ConvolutionPlan
+_COLUMN_BLOCK = 16
+"""Neighbouring columns that may share a second-level grid (SpQR)."""
 Streams = tuple[ActivationStream, ActivationStream | None]
 
 
@@ -219,9 +221,11 @@ def _groups(plans: Sequence[Plan]) -> list[list[LayerPlan] | ConvolutionPlan]:
 
 
 def _with_equal_grids(group: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Layers that can be quantised as one matrix, and come apart again between blocks of columns."""
     alike: dict[object, list[LayerPlan]] = {}
     for plan in group:
-        alike.setdefault(plan.grid, []).append(plan)
+        can_join = plan.linear.out_features % _COLUMN_BLOCK == 0
+        alike.setdefault((plan.grid, None if can_join else plan.linear.node), []).append(plan)
     yield from alike.values()
 
 

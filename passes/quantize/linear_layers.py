@@ -54,7 +54,8 @@ def replace_linear(
     """
     linear = plan.linear
     x = current_input(linear)
-    x.dtype = x.dtype or linear.weight.dtype
+    if x.dtype is None:
+        x.dtype = float_dtype(linear.weight)
     nodes, definition = _Builder(model, plan, x).nodes(quantized)
     nodes[-1].metadata_props[ERROR_KEY] = f"{error:.3e}"
     if low_rank is not None:

@@ -59,6 +59,8 @@ class Quantize(Pass):
             outliers.
         act_order: ``gptq`` and its family: the inputs of largest energy first.
         damp: ``gptq`` and its family: share of the covariance's mean diagonal that is added to it.
+        sweeps: ``gptq`` and its family: how often all weights are improved again after the first round, given
+            the others; 0 is the algorithm as it was published.
         clip: search for the scale with the least squared error instead of covering the largest weight; by
             default below 5 bits.
         compensate_rank: add a residual of this rank beside each layer that makes up for its error (EoRA).
@@ -88,6 +90,7 @@ class Quantize(Pass):
     algorithm: str = "rtn"
     act_order: bool = True
     damp: float = 0.01
+    sweeps: int = 3
     clip: bool | None = None
     compensate_rank: int = 0
     activations: Literal["tensor", "token", "static"] | None = None
@@ -106,11 +109,9 @@ class Quantize(Pass):
             )
         for scheme in schemes:
             self._check_activations(scheme)
-        if self.compensate_rank < 0 or self.damp < 0:
-            raise PipelineError(
-                "quantize: compensate_rank and damp must not be negative, "
-                f"found {self.compensate_rank} and {self.damp}"
-            )
+        for option in ("compensate_rank", "damp", "sweeps"):
+            if getattr(self, option) < 0:
+                raise PipelineError(f"quantize: {option} must not be negative, found {getattr(self, option)}")
 
     def _check_activations(self, scheme: Scheme) -> None:
         narrow = scheme.bits < 8 or scheme.activation_bits != 8
@@ -149,7 +150,7 @@ class Quantize(Pass):
         quantizer = CalibratedQuantizer(
             model=model,
             ctx=ctx,
-            algorithm=algorithm(self.algorithm, act_order=self.act_order, damp=self.damp),
+            algorithm=algorithm(self.algorithm, act_order=self.act_order, damp=self.damp, sweeps=self.sweeps),
             compensate_rank=self.compensate_rank,
             calibrator=self.calibrator,
             percentile=self.percentile,

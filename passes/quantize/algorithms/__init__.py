@@ -21,11 +21,11 @@ ALGORITHMS: dict[str, type[Any]] = {
 }
 
 
-def algorithm(name: str, *, act_order: bool, damp: float) -> Algorithm:
+def algorithm(name: str, *, act_order: bool = True, damp: float = 0.01, sweeps: int = 3) -> Algorithm:
     """The algorithm called ``name``, a key of `ALGORITHMS`, with those of the settings that it has."""
     kind = ALGORITHMS[name]
     known = {field.name for field in dataclasses.fields(kind)}
-    settings = {"act_order": act_order, "damp": damp}
+    settings = {"act_order": act_order, "damp": damp, "sweeps": sweeps}
     found: Algorithm = kind(**{key: value for key, value in settings.items() if key in known})
     return found
 
