@@ -258,6 +258,7 @@ def gptqmodel(job: Job, watch: Stopwatch) -> Weights:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import FORMAT
 
     settings = QuantizeConfig(
         bits=job.bits,
@@ -266,7 +267,8 @@ def gptqmodel(job: Job, watch: Stopwatch) -> Weights:
         desc_act=False,
         act_group_aware=False,
         damp_percent=_DAMP,
-        # Its packed layers are read here, and would be on disk.
+        # Zero points as they are (version 1 stores them less one); layers in memory, to be read here.
+        format=FORMAT.GPTQ_V2,
         offload_to_disk=False,
         device="cpu",
     )
