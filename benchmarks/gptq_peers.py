@@ -248,8 +248,10 @@ def write_markdown(path: Path, rows: Sequence[Result], dense: float, arguments: 
     lines = [
         "# GPTQ against other implementations, on CPU",
         "",
-        f"{processor()}; torch {torch.__version__}. All linears but the head, 1 % damping (NNCF: 10 %), no "
-        f"reordering of columns, calibration on {arguments.calibration} windows of {wikilm.CONTEXT} tokens. "
+        f"{processor()}; torch {torch.__version__}. All linears but the head, 1 % damping (NNCF: 10 %). "
+        "planish runs with its defaults (columns reordered, clipping searched, result refined), the peers "
+        "without reordering or clipping: the settings are not matched. "
+        f"Calibration on {arguments.calibration} windows of {wikilm.CONTEXT} tokens. "
         f"Perplexity of the dequantised weights in the torch model, {arguments.windows} windows; dense "
         f"{dense:.3f}. Seconds from a loaded model to quantised weights; memory is what the process's peak "
         "grew by in that time. Each run is a process of its own, in turns.",

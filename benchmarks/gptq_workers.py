@@ -8,8 +8,9 @@ them: ``weights.safetensors``, the linears' dequantised weights [out, in] float3
 ``result.json``. ``gptq_peers.py`` writes the folder, starts this file with each implementation's interpreter,
 and judges all results alike; so only what an implementation itself needs is imported here.
 
-Settings are alike where an implementation has them: damping 0.01, no reordering of columns, blocks of 128,
-lm_head untouched. What differs is said at each function.
+The peers' settings are alike where they have them: damping 0.01, no reordering of columns, no search for
+clipping, blocks of 128, lm_head untouched. planish runs with its own defaults, which reorder columns, search
+for clipping below 5 bits and refine the result. What else differs is said at each function.
 """
 
 from __future__ import annotations
