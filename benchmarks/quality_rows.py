@@ -11,7 +11,8 @@ import string
 from typing import Literal
 
 MODEL, TWIN = "model", "outlier twin"
-RTN, GPTQ, ROTATED_GPTQ, LEARNED_GPTQ = "RTN", "GPTQ", "rotate + GPTQ", "learned + GPTQ"
+RTN, GPTQ, GPTAQ = "RTN", "GPTQ", "GPTAQ"
+ROTATED_GPTQ, LEARNED_GPTQ = "rotate + GPTQ", "learned + GPTQ"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,10 @@ WEIGHT_METHODS = {
     RTN: _QUANTIZE + ",clip=false}",
     "RTN clip": _QUANTIZE + ",clip=true}",
     GPTQ: _QUANTIZE + ",algorithm=gptq}",
-    "GPTAQ": _QUANTIZE + ",algorithm=gptaq}",
+    GPTAQ: _QUANTIZE + ",algorithm=gptaq}",
     "AWQ + GPTQ": f"{_AWQ},{_QUANTIZE},algorithm=gptq}}",
 }
+PUBLISHED = {"GPTQ as published": _QUANTIZE + ",algorithm=gptq,clip=false,sweeps=0,act_order=false}"}
 SYMMETRIC_METHODS = {name: WEIGHT_METHODS[name] for name in (RTN, "RTN clip", GPTQ)}
 ACTIVATION_METHODS = {
     RTN: _QUANTIZE + "}",
@@ -89,11 +91,11 @@ def weight_rows() -> list[Row]:
     for bits in (4, 3, 2):
         for group, size in GROUPS.items():
             grid = _grid(f"W{bits}A16_ASYM", size)
-            rows += _rows("Weights", f"W{bits}A16 {group}", grid, WEIGHT_METHODS)
-    for bits in (4, 3):
-        for group, size in GROUPS.items():
-            grid = _grid(f"W{bits}A16", size)
-            rows += _rows("Symmetric weights", f"W{bits}A16 {group} symmetric", grid, SYMMETRIC_METHODS)
+            methods = WEIGHT_METHODS if size > 0 else WEIGHT_METHODS | PUBLISHED
+            rows += _rows("Weights", f"W{bits}A16 {group}", grid, methods)
+    for group, size in GROUPS.items():
+        grid = _grid("W4A16", size)
+        rows += _rows("Symmetric weights", f"W4A16 {group} symmetric", grid, SYMMETRIC_METHODS)
     return rows
 
 
@@ -105,11 +107,11 @@ def side_matrix_rows() -> list[Row]:
         grid = _grid("W2A16_ASYM", size)
         spqr = {f"SpQR {group}": _QUANTIZE + ",algorithm=spqr}"}
         rows += _rows(section, "W2A16", grid, spqr)
-    for group, size in (("per channel", -1), ("g64", 64)):
+    for group, size, rank in (("per channel", -1, 2), ("per channel", -1, 4), ("g64", 64, 2)):
         grid = _grid("W2A16_ASYM", size)
-        for rank in (2, 4, 8, 16):
-            text = f"{_QUANTIZE},algorithm=gptq,compensate_rank={rank}}}"
-            rows += _rows(section, "W2A16", grid, {f"GPTQ {group} + EoRA rank {rank}": text})
+        for method, algorithm in ((GPTQ, "gptq"), (GPTAQ, "gptaq")):
+            text = f"{_QUANTIZE},algorithm={algorithm},compensate_rank={rank}}}"
+            rows += _rows(section, "W2A16", grid, {f"{method} {group} + EoRA rank {rank}": text})
     return rows
 
 
@@ -127,12 +129,12 @@ def activation_rows() -> list[Row]:
 
 DECODER_ROWS = (*weight_rows(), *side_matrix_rows(), *activation_rows())
 
-W4_GPTQ, W8_GOAL = "W4A16 GPTQ", "W8A8 per token"
+W4_GPTQ, W8_TENSOR, W8_GOAL = "W4A16 GPTQ", "W8A8 per tensor GPTQ", "W8A8 per token"
 SENTENCE_PIPELINES = {
     "W4A16 RTN": "canonicalize,fuse,quantize{scheme=W4A16_ASYM,group_size=32}",
     W4_GPTQ: "canonicalize,fuse,quantize{scheme=W4A16_ASYM,group_size=32,algorithm=gptq}",
     "W8A8 per tensor": "canonicalize,fuse,quantize{scheme=W8A8,reduce_range=true}",
-    "W8A8 per tensor GPTQ": "canonicalize,fuse,quantize{scheme=W8A8,reduce_range=true,algorithm=gptq}",
+    W8_TENSOR: "canonicalize,fuse,quantize{scheme=W8A8,reduce_range=true,algorithm=gptq}",
     "W8A8 per tensor SmoothQuant": (
         "canonicalize,scale{method=smoothquant},fuse,quantize{scheme=W8A8,reduce_range=true}"
     ),

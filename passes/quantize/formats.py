@@ -28,7 +28,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
+import scipy.special
 
 from .grid import Format, storable_floats
 from .quantized_weight import Floats, QuantizedWeight
@@ -48,8 +48,8 @@ def normal_float_levels() -> tuple[float, ...]:
     the largest. The outermost lies half a step inside the tail: 1 − (1/32 + 1/30) / 2.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
-    above = scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 9))[:-1]
-    below = -scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 8))[:-1]
+    above = scipy.special.ndtri(np.linspace(outermost, 0.5, 9))[:-1]
+    below = -scipy.special.ndtri(np.linspace(outermost, 0.5, 8))[:-1]
     levels = np.sort(np.concatenate([above, [0.0], below])) / above.max()
     return tuple(float(level) for level in levels)
 
