@@ -8,7 +8,7 @@ Gradients pass the rounding as if it were not there (Bengio et al., 2013). The m
 Hadamard rotations and move by `CayleySGD`.
 
 SpinQuant (Liu et al., 2024): cross-entropy of the next token, learning rate 1.5 that falls to zero, 100 steps
-of 8 sequences, activations of 4 bits and weights left alone. Small models take, and need, larger rates.
+of 8 sequences, activations of 4 bits and weights left alone. The divergence has smaller gradients and takes larger rates.
 
 Preconditions: those of R1 (`residual`) and R2 (`values`). Online rotations (R3, R4) that will be used must be
 in the model already, so that the others are learned for it.
@@ -60,9 +60,8 @@ class Learning:
         weight_bits: weights are rounded too, per output channel, symmetrically; None leaves them alone.
         ignore: names of linears whose inputs and weights are not rounded.
         objective: ``next-token`` is the language model's cross-entropy; ``distillation`` the divergence of
-            the logits from the dense model's, which says more about each token and so needs fewer steps;
-            ``output`` the relative squared error of the first output. None is ``distillation`` for a model
-            from ``input_ids`` to ``logits`` and ``output`` for others.
+            the logits from the dense model's; ``output`` the relative squared error of the first output. None
+            is ``distillation`` for a model from ``input_ids`` to ``logits`` and ``output`` for others.
     """
 
     steps: int = 100
