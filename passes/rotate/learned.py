@@ -8,7 +8,8 @@ Gradients pass the rounding as if it were not there (Bengio et al., 2013). The m
 Hadamard rotations and move by `CayleySGD`.
 
 SpinQuant (Liu et al., 2024): cross-entropy of the next token, learning rate 1.5 that falls to zero, 100 steps
-of 8 sequences, activations of 4 bits and weights left alone. The divergence has smaller gradients and takes larger rates.
+of 8 sequences, activations of 4 bits and weights left alone. The divergence from the dense model has smaller
+gradients and takes larger rates.
 
 Preconditions: those of R1 (`residual`) and R2 (`values`). Online rotations (R3, R4) that will be used must be
 in the model already, so that the others are learned for it.
