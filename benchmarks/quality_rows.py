@@ -47,7 +47,7 @@ class Row:
 _QUANTIZE = "quantize{$grid,embeddings=false"
 _AWQ = "scale{method=awq,$grid}"
 _ROTATE = "fold-norms,rotate{rotations=[R1,R2,R4],kind=random-hadamard}"
-_LEARNED = "fold-norms,rotate{rotations=[R1,R2,R4],kind=learned}"
+_LEARNED = "fold-norms,rotate{rotations=[R1,R2,R4],kind=learned,steps=40,sequences=5}"
 
 WEIGHT_METHODS = {
     RTN: _QUANTIZE + ",clip=false}",

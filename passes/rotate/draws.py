@@ -62,7 +62,9 @@ def learned_draw(
         steps=steps, sequences=sequences, learning_rate=learning_rate, activation_bits=activation_bits
     )
     learned = learn_rotations(model, list(ctx.calibration), rng=ctx.rng, learning=learning, progress=progress)
-    ctx.remark("learned rotations", f"loss {learned.losses[0]:.4g} → {learned.losses[-1]:.4g}")
+    before, after = learned.held_out
+    outcome = "" if after < before else ": not lower, so the random rotations are taken"
+    ctx.remark("learned rotations", f"loss on data kept from learning {before:.4g} → {after:.4g}{outcome}")
     fallback = random_draw("random-hadamard", ctx.rng)
 
     def draw(features: int, label: str) -> Drawn:

@@ -8,8 +8,9 @@ Gradients pass the rounding as if it were not there (Bengio et al., 2013). The m
 Hadamard rotations and move by `CayleySGD`.
 
 SpinQuant (Liu et al., 2024): cross-entropy of the next token, learning rate 1.5 that falls to zero, 100 steps
-of 8 sequences, activations of 4 bits and weights left alone. The divergence from the dense model has smaller
-gradients and takes larger rates.
+of 8 sequences, activations of 4 bits and weights left alone. Here the divergence from the dense model is the
+default, whose gradients are smaller and take larger rates; and learning begins with the best of several
+random rotations on the first data.
 
 Preconditions: those of R1 (`residual`) and R2 (`values`). Online rotations (R3, R4) that will be used must be
 in the model already, so that the others are learned for it.
@@ -56,6 +57,7 @@ class Learning:
         steps: updates of the rotations.
         sequences: sequences per update, at least.
         learning_rate: of the first update; it falls to zero along half a cosine.
+        starts: sets of random rotations that are drawn; learning begins with the best of them.
         momentum: how much of the last direction is kept.
         activation_bits: inputs of linears are rounded to so many bits per token, symmetrically.
         weight_bits: weights are rounded too, per output channel, symmetrically; None leaves them alone.
@@ -67,7 +69,8 @@ class Learning:
 
     steps: int = 100
     sequences: int = 8
-    learning_rate: float = 1.5
+    learning_rate: float = 100.0
+    starts: int = 4
     momentum: float = 0.0
     activation_bits: int = 4
     weight_bits: int | None = None
@@ -120,11 +123,12 @@ def learn_rotations(
         raise PassError("rotate: the model allows neither R1 nor R2", hint="run fold-norms first")
     if not feeds:
         raise InputError("rotate: learning rotations needs calibration data")
-    matrices = [_first_matrix(turn, rng) for turn in turns]
-    first = [matrix.detach().clone() for matrix in matrices]
     loss = _Loss(model, turns, learning)
     kept = max(1, len(feeds) // 10)
     seen, held_out = feeds[: len(feeds) - kept] or feeds, feeds[len(feeds) - kept :]
+    drawn = [[_first_matrix(turn, rng) for turn in turns] for _ in range(max(1, learning.starts))]
+    matrices = min(drawn, key=lambda start: loss.mean(seen[:kept], start)) if len(drawn) > 1 else drawn[0]
+    first = [matrix.detach().clone() for matrix in matrices]
     before = loss.mean(held_out, first)
     optimizer = CayleySGD(matrices, momentum=learning.momentum)
     batches = _batches(seen, learning.sequences, rng)

@@ -71,7 +71,7 @@ class Rotate(Pass):
     scheme: str = "W4A4"
     steps: int = 100
     sequences: int = 8
-    learning_rate: float = 1.5
+    learning_rate: float = 100.0
 
     def __post_init__(self) -> None:
         if not self.rotations or not set(self.rotations) <= {*OFFLINE, *ONLINE}:

@@ -201,7 +201,9 @@ def test_weights_are_rounded_behind_their_rotation() -> None:
 def test_learning_lowers_the_loss() -> None:
     model, data = decoder(), feeds(1)
     before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
-    learning = Learning(steps=60, sequences=2, learning_rate=0.5, activation_bits=3, objective="next-token")
+    learning = Learning(
+        starts=1, steps=60, sequences=2, learning_rate=0.5, activation_bits=3, objective="next-token"
+    )
     learned = learn_rotations(model, data, rng=np.random.default_rng(0), learning=learning)
     assert len(learned.losses) == 60
     # All steps see the same data, so the losses compare; rounding makes single ones jump.
@@ -216,7 +218,9 @@ def test_learning_lowers_the_loss() -> None:
 
 def test_objectives_compare_with_the_dense_model() -> None:
     model, data = decoder(), feeds(1)
-    start = learn_rotations(model, data, rng=np.random.default_rng(0), learning=Learning(steps=0)).matrices
+    start = learn_rotations(
+        model, data, rng=np.random.default_rng(0), learning=Learning(starts=1, steps=0)
+    ).matrices
     turned_by = [torch.from_numpy(start[turn.label]) for turn in find_turns(model)]
     found = logits_of(model, find_turns(model), turned_by, 4).double().numpy()
     expected = run(lower(model), data[0])["logits"].double().numpy()
@@ -226,7 +230,7 @@ def test_objectives_compare_with_the_dense_model() -> None:
         "output": np.sum((found - expected) ** 2) / np.sum(expected**2),
     }
     for objective, reference in references.items():
-        learning = Learning(steps=1, sequences=2, objective=objective)
+        learning = Learning(starts=1, steps=1, sequences=2, objective=objective)
         losses = learn_rotations(model, data, rng=np.random.default_rng(0), learning=learning).losses
         # Float32 logits: differences of 1e-6 in terms of 1e-2 and less.
         assert losses == pytest.approx((reference,), rel=1e-3)
@@ -234,8 +238,8 @@ def test_objectives_compare_with_the_dense_model() -> None:
 
 def test_rotations_that_do_not_help_on_other_data_are_not_taken() -> None:
     model, data = decoder(), feeds(12)
-    learning = Learning(steps=30, sequences=2, learning_rate=1.5, activation_bits=3)
-    start = learn_rotations(model, data, rng=np.random.default_rng(0), learning=Learning(steps=0))
+    learning = Learning(starts=1, steps=30, sequences=2, learning_rate=1.5, activation_bits=3)
+    start = learn_rotations(model, data, rng=np.random.default_rng(0), learning=Learning(starts=1, steps=0))
     outcomes = set()
     for first in (0, 1, 2, 3, 4, 5):
         learned = learn_rotations(model, data[first:], rng=np.random.default_rng(0), learning=learning)
@@ -288,3 +292,15 @@ def test_what_cannot_be_learned_is_refused() -> None:
     )
     with pytest.raises(PassError, match="neither R1 nor R2"):
         learn_rotations(plain, feeds(), rng=rng)
+
+
+def test_learning_begins_with_the_best_of_the_first_rotations() -> None:
+    model, data = decoder(), feeds(1)
+    single = [
+        learn_rotations(
+            model, data, rng=np.random.default_rng(0), learning=Learning(starts=starts, steps=0)
+        ).held_out[0]
+        for starts in (1, 6)
+    ]
+    # One item of data is both what the first rotations are compared on and what is held out.
+    assert single[1] < single[0]
