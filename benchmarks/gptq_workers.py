@@ -93,14 +93,14 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def planish(job: Job, watch: Stopwatch) -> Weights:
-    """This package, on the ONNX file. Static grids per group, as the other schemes' files need them."""
+def planish(job: Job, watch: Stopwatch, settings: str = "") -> Weights:
+    """This package with its defaults, on the ONNX file: columns reordered, clipping searched, refined."""
     import planish as package
     from planish.ir import ops
     from planish.passes.infrastructure.pipeline import Pipeline
 
     scheme = f"W{job.bits}A16" + ("" if job.symmetric else "_ASYM")
-    options = f"scheme={scheme},group_size={job.group_size},algorithm=gptq,embeddings=false"
+    options = f"scheme={scheme},group_size={job.group_size},algorithm=gptq,embeddings=false{settings}"
     passes = Pipeline.of(f"canonicalize,quantize{{{options}}}")
     with watch:
         compiled = package.compile(
@@ -111,6 +111,11 @@ def planish(job: Job, watch: Stopwatch) -> Weights:
         for node in compiled.model.graph
         if node.op_type in ops.LINEAR_OPS
     }
+
+
+def planish_as_published(job: Job, watch: Stopwatch) -> Weights:
+    """This package with the published algorithm and nothing else: the peers' settings."""
+    return planish(job, watch, ",act_order=false,clip=false,sweeps=0")
 
 
 def _dequantized(node: Any) -> Array:
@@ -360,13 +365,14 @@ def _constants_of(node: Any) -> Iterator[Any]:
 
 WORKERS: dict[str, Callable[[Job, Stopwatch], Weights]] = {
     "planish": planish,
+    "planish-as-published": planish_as_published,
     "onnxruntime": onnxruntime,
     "nncf": nncf,
     "gptqmodel": gptqmodel,
     "llmcompressor": llmcompressor,
     "neural-compressor": neural_compressor,
 }
-_PACKAGES = {"neural-compressor": "neural-compressor-pt"}
+_PACKAGES = {"planish-as-published": "planish", "neural-compressor": "neural-compressor-pt"}
 
 
 def main() -> None:
