@@ -32,6 +32,7 @@ benchmark: $(VENV)/.bench
 	$(BIN)/python benchmarks/foreign_onnx.py
 	$(BIN)/python benchmarks/graph_speed.py
 	$(BIN)/python benchmarks/contract.py
+	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/gptq_peers.py $(GPTQ_PEERS)
 	$(BIN)/python benchmarks/gptq_cost.py
