@@ -8,6 +8,9 @@
 QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024). Preconditions: those of each rotation; R1 needs
 norms without weights (`fold-norms`). Rotations are computed in float64, and weights rounded to their types.
 With R2 and R3 the cache holds rotated keys and values: one that another model made does not fit.
+
+With calibration data, the model is run on all of it once for the online rotations and once for the others, to
+say what they do to activations; learning goes through the data as often as its steps need.
 """
 
 from __future__ import annotations
