@@ -107,6 +107,8 @@ def side_matrix_rows() -> list[Row]:
         grid = _grid("W2A16_ASYM", size)
         spqr = {f"SpQR {group}": _QUANTIZE + ",algorithm=spqr}"}
         rows += _rows(section, "W2A16", grid, spqr)
+    fewer = {"SpQR g64, at most 0.8 % outliers": _QUANTIZE + ",algorithm=spqr,outlier_share=0.008}"}
+    rows += _rows(section, "W2A16", _grid("W2A16_ASYM", 64), fewer)
     for group, size, rank in (("per channel", -1, 2), ("per channel", -1, 4), ("g64", 64, 2)):
         grid = _grid("W2A16_ASYM", size)
         for method, algorithm in ((GPTQ, "gptq"), (GPTAQ, "gptaq")):

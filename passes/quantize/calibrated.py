@@ -20,6 +20,7 @@ from ...runtime.calibration import ActivationStream, Covariance, RangeCollector,
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ..infrastructure.base import PassContext
 from .algorithms import Algorithm, LayerStatistics
+from .algorithms.gptq import GPTQ
 from .algorithms.rtn import RoundToNearest
 from .convolution_layers import ConvolutionPlan, can_unfold, patch_statistics, quantize_convolution
 from .layer_plan import LayerPlan
@@ -183,7 +184,9 @@ class CalibratedQuantizer:
         dequantized = quantized.dequantized()
         low_rank: LowRank | None = None
         if statistics is not None and self.compensate_rank:
-            low_rank = low_rank_residual(weight, dequantized, statistics.covariance, self.compensate_rank)
+            # GPTAQ's weight approximates another one on purpose: undoing that is not the residual's work.
+            aim = self.algorithm.aim(weight, statistics) if isinstance(self.algorithm, GPTQ) else weight
+            low_rank = low_rank_residual(aim, dequantized, statistics.covariance, self.compensate_rank)
             dequantized = dequantized + low_rank[0] @ low_rank[1]
         errors = LayerErrors(
             relative_error(weight, dequantized),

@@ -36,6 +36,11 @@ def current_input(linear: Linear) -> ir.Value:
     return linear.node.inputs[0] or linear.input
 
 
+def _node_name(linear: Linear) -> str:
+    """The node's name or, where it has none, its layer's: names that are made of it must not collide."""
+    return linear.node.name or linear.name
+
+
 def replace_linear(
     model: ir.Model,
     plan: LayerPlan,
@@ -76,7 +81,7 @@ def _low_rank_nodes(
         add_tensor(model, matrix.astype(dtype.numpy()), f"{linear.name}.low_rank_{side}")
         for side, matrix in zip(("down", "up"), low_rank, strict=True)
     )
-    name = linear.node.name
+    name = _node_name(linear)
     narrow = ir.node("MatMul", [x, down], name=f"{name}.low_rank_down")
     wide = ir.node("MatMul", [narrow.outputs[0], up], name=f"{name}.low_rank_up")
     total = ir.node("Add", [product, wide.outputs[0]], name=f"{name}.low_rank_add")
@@ -113,7 +118,7 @@ class _Builder:
                 codebook=operands.codebook,
                 second_level=operands.second_level,
                 outliers=operands.outliers,
-                name=linear.node.name,
+                name=_node_name(linear),
             )
             return [node], definition
         operands = add_operands(
@@ -131,7 +136,7 @@ class _Builder:
     def _integer_product(
         self, activations: Activations, x: ir.Value, operands: WeightOperands, bias: ir.Value | None
     ) -> tuple[ir.Node, OpDefinition]:
-        grid, name = self.plan.grid, self.plan.linear.node.name
+        grid, name = self.plan.grid, _node_name(self.plan.linear)
         if activations.granularity != "static":
             return ops.dynamic_quantized_linear(
                 x,
@@ -166,7 +171,7 @@ class _Builder:
     ) -> tuple[list[ir.Node], OpDefinition]:
         """Cast to float32, the integer product, Cast back, and the bias in the model's own type."""
         linear = self.plan.linear
-        name, dtype = linear.node.name, float_dtype(linear.weight)
+        name, dtype = _node_name(linear), float_dtype(linear.weight)
         widen = ir.node("Cast", [self.x], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.widen")
         widen.outputs[0].dtype, widen.outputs[0].shape = ir.DataType.FLOAT, self.x.shape
         node, definition = self._integer_product(activations, widen.outputs[0], operands, None)

@@ -19,7 +19,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def low_rank_residual(
-    weight: Floats, dequantized: Floats, covariance: Doubles, rank: int
+    weight: Floats | Doubles, dequantized: Floats, covariance: Doubles, rank: int
 ) -> tuple[Floats, Floats]:
     """A [K, r] and B [r, N], float32, such that ``dequantized`` + A·B approximates ``weight`` [K, N].
 

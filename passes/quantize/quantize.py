@@ -61,6 +61,7 @@ class Quantize(Pass):
         damp: ``gptq`` and its family: share of the covariance's mean diagonal that is added to it.
         sweeps: ``gptq`` and its family: how often all weights are improved again after the first round, given
             the others; 0 is the algorithm as it was published.
+        outlier_share: ``spqr``: the largest part of a layer's weights that are kept as outliers.
         clip: search for the scale with the least squared error instead of covering the largest weight; by
             default below 5 bits.
         compensate_rank: add a residual of this rank beside each layer that makes up for its error (EoRA).
@@ -91,6 +92,7 @@ class Quantize(Pass):
     act_order: bool = True
     damp: float = 0.01
     sweeps: int = 3
+    outlier_share: float = 0.01
     clip: bool | None = None
     compensate_rank: int = 0
     activations: Literal["tensor", "token", "static"] | None = None
@@ -109,7 +111,7 @@ class Quantize(Pass):
             )
         for scheme in schemes:
             self._check_activations(scheme)
-        for option in ("compensate_rank", "damp", "sweeps"):
+        for option in ("compensate_rank", "damp", "sweeps", "outlier_share"):
             if getattr(self, option) < 0:
                 raise PipelineError(f"quantize: {option} must not be negative, found {getattr(self, option)}")
 
@@ -150,7 +152,13 @@ class Quantize(Pass):
         quantizer = CalibratedQuantizer(
             model=model,
             ctx=ctx,
-            algorithm=algorithm(self.algorithm, act_order=self.act_order, damp=self.damp, sweeps=self.sweeps),
+            algorithm=algorithm(
+                self.algorithm,
+                act_order=self.act_order,
+                damp=self.damp,
+                sweeps=self.sweeps,
+                outlier_share=self.outlier_share,
+            ),
             compensate_rank=self.compensate_rank,
             calibrator=self.calibrator,
             percentile=self.percentile,

@@ -162,6 +162,19 @@ def test_a_low_rank_residual_stands_beside_the_layer(algorithm):
     assert left == pytest.approx(np.sqrt((singular[4:] ** 2).sum()), rel=1e-3)
 
 
+def test_the_residual_beside_gptaq_aims_where_gptaq_does():
+    errors = {}
+    dense = rows_of(make_model(), "y")
+    for rank in (0, K):
+        model = make_model()
+        options = {"group_size": -1, "ignore": (), "compensate_rank": rank}
+        quantize(model, scheme="W2A16", algorithm="gptaq", damp=1e-6, **options)
+        errors[rank] = np.linalg.norm(rows_of(model, "y") - dense) / np.linalg.norm(dense)
+    # With the full rank, every layer gives the least-squares answer to the dense model's output; what is left
+    # is damping and the tokens, 39 of them, that 32 channels cannot all fit.
+    assert errors[K] < 0.1 * errors[0]
+
+
 def test_low_rank_layers_are_left_alone_by_the_next_quantisation():
     model = make_model()
     quantize(model, scheme="W4A16", targets=("up",), compensate_rank=4, group_size=-1)

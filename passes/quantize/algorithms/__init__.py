@@ -21,11 +21,23 @@ ALGORITHMS: dict[str, type[Any]] = {
 }
 
 
-def algorithm(name: str, *, act_order: bool = True, damp: float = 0.01, sweeps: int = 3) -> Algorithm:
+def algorithm(
+    name: str,
+    *,
+    act_order: bool = True,
+    damp: float = 0.01,
+    sweeps: int = 3,
+    outlier_share: float = 0.01,
+) -> Algorithm:
     """The algorithm called ``name``, a key of `ALGORITHMS`, with those of the settings that it has."""
     kind = ALGORITHMS[name]
     known = {field.name for field in dataclasses.fields(kind)}
-    settings = {"act_order": act_order, "damp": damp, "sweeps": sweeps}
+    settings = {
+        "act_order": act_order,
+        "damp": damp,
+        "sweeps": sweeps,
+        "largest_share": outlier_share,
+    }
     found: Algorithm = kind(**{key: value for key, value in settings.items() if key in known})
     return found
 

@@ -76,6 +76,13 @@ class GPTQ:
         codes, _ = self.solve(target, grid, scale, zero, found)
         return grid.stored(codes, scale, zero)
 
+    def aim(self, weight: Floats, statistics: LayerStatistics) -> Doubles:
+        """What the quantised weight [K, N] approximates, for whatever is to make up for the rest."""
+        found = curvature(
+            statistics, len(weight), damp=self.damp, act_order=self.act_order, remark=lambda _: None
+        )
+        return weight.astype(np.float64) if found is None else self.target(weight, statistics, found)
+
     def target(self, weight: Floats, statistics: LayerStatistics, curvature: Curvature) -> Doubles:
         """What is to be approximated, [K, N]: the weight itself."""
         return weight.astype(np.float64)
