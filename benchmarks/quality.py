@@ -130,6 +130,7 @@ class Decoder:
                 f"canonicalize,{row.passes}",
                 calibration=self._calibration,
                 target="portable",
+                seed=row.seed,
             )
         except PlanishError as error:
             return Measured(failure=error.message)

@@ -25,6 +25,7 @@ class Row:
         method: as the table shows it.
         passes: the pipeline behind ``canonicalize``, as text.
         subject: the model or its outlier twin.
+        seed: of the compilation; rotations are drawn with it.
     """
 
     section: str
@@ -32,6 +33,7 @@ class Row:
     method: str
     passes: str
     subject: Literal["model", "outlier twin"] = MODEL
+    seed: int = 0
 
     @property
     def key(self) -> str:
@@ -129,7 +131,19 @@ def activation_rows() -> list[Row]:
     ]
 
 
-DECODER_ROWS = (*weight_rows(), *side_matrix_rows(), *activation_rows())
+def seed_rows() -> list[Row]:
+    """The same pipeline with other random rotations: how far apart equal methods are."""
+    grid = _grid("W4A4", -1)
+    (row,) = _rows(
+        "Other draws of the rotation", "W4A4", grid, {ROTATED_GPTQ: ACTIVATION_METHODS[ROTATED_GPTQ]}
+    )
+    return [
+        dataclasses.replace(row, method=f"{row.method}, seed {seed}", seed=seed, subject=TWIN)
+        for seed in (1, 2, 3)
+    ]
+
+
+DECODER_ROWS = (*weight_rows(), *side_matrix_rows(), *activation_rows(), *seed_rows())
 
 W4_GPTQ, W8_TENSOR, W8_GOAL = "W4A16 GPTQ", "W8A8 per tensor GPTQ", "W8A8 per token"
 SENTENCE_PIPELINES = {
