@@ -43,7 +43,7 @@ Array = np.ndarray[Any, Any]
 OURS, PUBLISHED = "planish", "planish-as-published"
 BUNDLED = (OURS, PUBLISHED, "onnxruntime", "nncf")
 """Run with this interpreter; the others with the one that --peer names."""
-_TIMEOUT_SECONDS = 3600
+_TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scheme:
         return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
-SCHEMES = (Scheme(4, 32), Scheme(4, 64, symmetric=True), Scheme(3, 64))
+SCHEMES = (Scheme(4, 32), Scheme(3, 64))
 RANDOM_SCHEME = Scheme(4, 128)
 
 
