@@ -1,4 +1,4 @@
-"""One GPTQ run of one implementation in a process of its own: its weights, its seconds, its memory.
+"""One GPTQ run of one implementation in a process of its own: its weights and its seconds.
 
     python gptq_workers.py NAME FOLDER
 
@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -74,23 +73,17 @@ class Job:
 
 
 class Stopwatch:
-    """Seconds and growth of this process's peak memory, from loading done to weights quantised."""
+    """Seconds from loading done to weights quantised."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.grown_bytes = 0
 
     def __enter__(self) -> Stopwatch:
-        self._memory, self._start = _peak_bytes(), time.perf_counter()
+        self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.seconds = time.perf_counter() - self._start
-        self.grown_bytes = _peak_bytes() - self._memory
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def planish(job: Job, watch: Stopwatch, settings: str = "") -> Weights:
@@ -388,7 +381,6 @@ def main() -> None:
     )
     result = {
         "seconds": watch.seconds,
-        "grown_bytes": watch.grown_bytes,
         "version": importlib.metadata.version(_PACKAGES.get(name, name)),
     }
     (folder / "result.json").write_text(json.dumps(result))
