@@ -320,7 +320,7 @@ def write_markdown(
         "linears but the head are quantised; embeddings stay. RTN is min-max. *Of RTN's gap*: the share of "
         "RTN's distance to the dense model that a method closes. *Bits* per quantised weight: integers, "
         "scales, zero points and side matrices, floats as stored (32 bits in this float32 model), and as 16 "
-        f"bits. A learned row that equals its random one is the random start: learning did not lower the loss "
+        "bits. A learned row that equals its random one is the random start: learning did not lower the loss "
         f"on data kept from it. Dense: {dense[MODEL]:.3f}; outlier twin (same function): {dense[TWIN]:.3f}.",
         "",
         "| goal | measured | met |",
