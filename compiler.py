@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from .ir.trace import trace
 from .passes.infrastructure.driver import run_pipeline
 from .passes.infrastructure.instruments import ContractCheck, Instrument, VerifyAfterEachPass
 from .passes.infrastructure.pipeline import Pipeline
+from .passes.infrastructure.report import PipelineReport
 from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
 
@@ -43,9 +45,11 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     calibration: Any = None,
+    training: Any = None,
     target: str | Target = "onnxruntime-cpu",
     check: Check = "verify",
     seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> CompiledModel:
     """Compile a model: trace or load it, run the passes in order, bind the result to the target.
@@ -62,11 +66,19 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         calibration: real inputs for passes that look at activations: an iterable (a torch DataLoader, say) of
             dicts, tensors or tuples, as the model is called with, or an object with onnxruntime's
             ``get_next()``. It is read once. A decoder's mask, positions and empty cache may be left out.
+        training: real inputs for passes that train, as ``calibration``; items that are dicts may also have
+            ``labels``, batch first. The calibration data if absent.
         target: ``"onnxruntime-cpu"``, ``"portable"``, or a `Target` with options.
         check: after each pass, ``"verify"`` the graph's structure, or also check each pass's ``"contract"``
             by running the model on ``example_inputs``; ``"none"`` checks nothing.
         seed: seeds every pass that draws random numbers.
+        state: folder where long passes (pruning, distillation) keep what an interrupted run goes on from, and
+            what the next run of the same kind need not measure again.
         instruments: further instruments to run around the passes.
+
+    Returns:
+        The compiled model; where a pass had several results, as `prune` with several targets has, the last
+        one, with the others as its ``alternatives``.
 
     Raises:
         PlanishError: with one line that names the pass, the node, what was expected and what to do.
@@ -75,28 +87,49 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     target = get_target(target) if isinstance(target, str) else target
     graph, signature, examples = _read(model, example_inputs, dynamic_shapes)
     source_hash = content_hash(graph)
+
+    def data(source: Any, *, labels: bool = False) -> Sequence[Feeds]:
+        return () if source is None else CalibrationData.read(source, graph, signature, labels=labels)
+
     report = run_pipeline(
         graph,
         pipeline,
         target=target,
         examples=examples,
-        calibration=() if calibration is None else CalibrationData.read(calibration, graph, signature),
+        calibration=data(calibration),
+        training=data(training, labels=True),
         seed=seed,
+        state=None if state is None else Path(state),
         instruments=(*_checks(check, examples), *instruments),
     )
-    graph.metadata_props.update(
-        {
-            "planish.recipe": pipeline.to_yaml(),
-            "planish.seed": str(seed),
-            "planish.source": source_hash,
-            # Without times, so that the same compilation writes the same bytes.
-            "planish.report": json.dumps(report.as_dict(costs=False)),
-        }
-    )
+    recipe = {"planish.recipe": pipeline.to_yaml(), "planish.seed": str(seed), "planish.source": source_hash}
+    compiled = _bind(graph, report, recipe, target, signature)
+    compiled.alternatives = {
+        label: _bind(other.model, other.report, recipe, target, signature)
+        for label, other in report.alternatives.items()
+    }
+    return compiled
+
+
+def _bind(
+    graph: ir.Model,
+    report: PipelineReport,
+    recipe: Mapping[str, str],
+    target: Target,
+    signature: Signature | None,
+) -> CompiledModel:
+    """Write into the graph how it came to be, and bind it."""
+    # Without times, so that the same compilation writes the same bytes.
+    graph.metadata_props.update({**recipe, "planish.report": json.dumps(report.as_dict(costs=False))})
     bound = target.bind(graph)
     if bound.session_options:
         # Whoever runs the file elsewhere can set what the chosen kernels rely on.
         bound.model.metadata_props["planish.session_options"] = json.dumps(dict(bound.session_options))
+    if signature is not None:
+        signature = signature.restricted(
+            [str(value.name) for value in graph.graph.inputs],
+            [str(value.name) for value in graph.graph.outputs],
+        )
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Signature:
         output_constants: positions among the leaves of ``output_tree`` that the module always returns as the
             same value (None, a flag, a number).
         output_scalars: positions among the leaves that the module returns as Python integers.
+        ignored_paths: where tensors may stand that the graph no longer takes, as a dropped layer's cache.
     """
 
     input_names: tuple[str, ...]
@@ -55,6 +56,32 @@ class Signature:
     output_tree: pytree.TreeSpec | None = None
     output_constants: tuple[tuple[int, object], ...] = ()
     output_scalars: tuple[int, ...] = ()
+    ignored_paths: tuple[Path, ...] = ()
+
+    def restricted(self, inputs: Collection[str], outputs: Collection[str]) -> Signature:
+        """The convention of a graph that has lost inputs or outputs since it was traced.
+
+        Tensors for lost inputs are accepted and not used; None stands where a lost output was.
+        """
+        if set(self.input_names) <= set(inputs) and set(self.output_names) <= set(outputs):
+            return self
+        taken = dict(zip(self.input_names, self.input_paths, strict=True))
+        constant = dict(self.output_constants)
+        returned = [] if self.output_tree is None else range(self.output_tree.num_leaves)
+        positions = [position for position in returned if position not in constant]
+        lost = [
+            position
+            for position, name in zip(positions, self.output_names, strict=bool(positions))
+            if name not in outputs
+        ]
+        return dataclasses.replace(
+            self,
+            input_names=tuple(name for name in taken if name in inputs),
+            input_paths=tuple(path for name, path in taken.items() if name in inputs),
+            ignored_paths=tuple(path for name, path in taken.items() if name not in inputs),
+            output_names=tuple(name for name in self.output_names if name in outputs),
+            output_constants=(*self.output_constants, *((position, None) for position in lost)),
+        )
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Give the feeds, graph-input name to tensor, of one call; see `flatten_inputs`."""
@@ -69,6 +96,8 @@ class Signature:
                     hint=f"the model was traced with {', '.join(self.input_names)}",
                 )
             feeds[name] = leaf
+        for path in self.ignored_paths:
+            leaves.pop(path, None)
         self._check_constants(leaves)
         return feeds
 

@@ -41,6 +41,7 @@ class CompiledModel:
         target: where it runs.
         report: what each pass covered, skipped, changed and cost.
         signature: how to call it like the traced module; None for models that came from ONNX.
+        alternatives: further results of the same compilation by their labels, such as ``1.5x``.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CompiledModel:
         self.target = target
         self.report = report
         self.signature = signature
+        self.alternatives: Mapping[str, CompiledModel] = {}
 
     @functools.cached_property
     def session(self) -> Session:

@@ -11,13 +11,14 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ...codegen.target import Target
-from ...ir.errors import InputError
+from ...ir.errors import InputError, PassError
 from ...runtime.calibration import ActivationStream
 
 T = TypeVar("T")
@@ -88,14 +89,18 @@ class PassResult:
         modified: the model is not what it was.
         coverage: what was covered of what was looked at.
         statistics: counts of rewrites by rule name.
-        redefined_outputs: graph outputs that an exact pass gives in another form on purpose, such as the
-            rotated keys of a cache; a cache that was filled before does not fit any more.
+        redefined_outputs: graph outputs that a pass gives in another form on purpose, or no longer gives:
+            the rotated keys of a cache, or those of a dropped layer. A cache that was filled before does not
+            fit any more.
+        alternatives: further results of the pass beside the model that it rewrote, by a short label: the rest
+            of the pipeline is run on each of them, too.
     """
 
     modified: bool
     coverage: Coverage | None = None
     statistics: Mapping[str, int] = dataclasses.field(default_factory=dict)
     redefined_outputs: frozenset[str] = frozenset()
+    alternatives: Mapping[str, ir.Model] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,8 @@ class PassContext:
         target: where the model will run; answers what its kernels can do and cost.
         examples: real inputs, each a mapping from graph-input name to array; may be empty.
         calibration: further real inputs, see `planish.runtime.calibration`; may be empty.
+        training: inputs to train on, each a batch by graph-input name, with ``labels`` where the user gave
+            them; the calibration data where nothing else was given.
         rng: a generator seeded by the pipeline's seed, the pass's name, and how often it ran before.
         remarks: what the pass has said so far.
         on_progress: set by the driver; wraps the iterator of a `progress` loop to show how far it is, given
@@ -125,11 +132,17 @@ class PassContext:
         target: Target,
         examples: Sequence[Feeds] = (),
         calibration: Iterable[Feeds] = (),
+        training: Sequence[Feeds] = (),
+        original: ir.Model | None = None,
+        state: Callable[[], Path] | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
         self.target = target
         self.examples = examples
         self.calibration = calibration if isinstance(calibration, Sequence) else tuple(calibration)
+        self.training = training or self.calibration
+        self._original = original
+        self._state = state
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
         self.on_progress: ProgressHook | None = None
@@ -138,6 +151,24 @@ class PassContext:
         """Say something about a node or weight: why it was skipped, or what fell back."""
         name = subject if isinstance(subject, str) else (subject.name or repr(subject))
         self.remarks.append(Remark(name, text))
+
+    @property
+    def original(self) -> ir.Model:
+        """The model as it was before the first pass of the pipeline that changes its function. Not changed.
+
+        Kept only where a pass of the pipeline says `Pass.uses_original`.
+        """
+        if self._original is None:
+            raise PassError("no original was kept: the pass does not say that it uses it")
+        return self._original
+
+    def state_folder(self) -> Path:
+        """Where a resumed run of this pass finds what was done; gone afterwards if no folder was named."""
+        if self._state is None:
+            raise PassError("no folder was given to keep state in")
+        folder = self._state()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def activation_stream(self, model: ir.Model, *, releases_weights: bool = False) -> ActivationStream:
         """The calibration data at the beginning of ``model``, to be moved on block by block.
@@ -169,6 +200,8 @@ class Pass(abc.ABC):
     destroys: ClassVar[frozenset[Fact]] = frozenset()
     forbids: ClassVar[frozenset[Fact]] = frozenset()
     """Facts that must not hold: a rotation forbids `Fact.QUANTIZED`."""
+    uses_original: ClassVar[bool] = False
+    """Whether the pass reads `PassContext.original`, such as a teacher or what a speed-up is relative to."""
     tolerance: ClassVar[float] = 1e-4
     """Exact passes: the largest allowed ‖after − before‖∞ / ‖before‖∞ of any float32 output."""
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,11 +16,13 @@ import onnx_ir as ir
 from ...codegen.target import Target
 from ...ir import clone
 from ...ir.errors import NothingCoveredError, PassError, PlanishError
-from .base import Feeds, Pass, PassContext, PassResult, ProgressHook
+from ...runtime.calibration import CalibrationData
+from ...runtime.calibration.data import fitted
+from .base import Contract, Feeds, Pass, PassContext, PassResult, ProgressHook
 from .facts import facts_after, facts_of, set_facts
 from .instruments import Instrument, Invocation, TimeAndMemory, peak_memory_bytes
 from .pipeline import Pipeline
-from .report import PassReport, PipelineReport
+from .report import Alternative, PassReport, PipelineReport
 
 
 def run_pipeline(
@@ -27,10 +32,15 @@ def run_pipeline(
     target: Target,
     examples: Sequence[Feeds] = (),
     calibration: Iterable[Feeds] = (),
+    training: Sequence[Feeds] = (),
     seed: int = 0,
+    state: Path | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> PipelineReport:
     """Run the passes of a pipeline on a model, in place and in order.
+
+    Where a pass gives alternatives, the rest of the pipeline is run on each of them afterwards, and they are
+    found in the report.
 
     Args:
         model: rewritten in place. After an error it is as the failing pass left it.
@@ -38,7 +48,9 @@ def run_pipeline(
         target: what passes may ask about kernels and costs.
         examples: real inputs by graph-input name, for passes that look at activations.
         calibration: further inputs, streamed; an iterator is read once and kept.
+        training: inputs for passes that train, with ``labels`` if there are any; else the calibration data.
         seed: seeds every pass together with its name, so that adding a pass leaves the others' randomness.
+        state: folder where long passes keep what an interrupted run goes on from; a temporary one if absent.
         instruments: run around every pass; the first is the outermost.
 
     Raises:
@@ -50,33 +62,118 @@ def run_pipeline(
     pipeline.check_legal(facts_of(model))
     if not isinstance(calibration, Sequence):
         calibration = tuple(calibration)
-    instruments = (*instruments, TimeAndMemory())
-    reports: list[PassReport] = []
-    runs_of: collections.Counter[str] = collections.Counter()
-    for position, pass_ in enumerate(pipeline):
-        context = PassContext(
+    with contextlib.ExitStack() as stack:
+        folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planish-")))
+        run = _Run(
+            pipeline=pipeline,
             target=target,
-            examples=examples,
-            calibration=calibration,
-            seed=(seed, zlib.crc32(pass_.name.encode()), runs_of[pass_.name]),
+            inputs=_Inputs(examples, calibration, training),
+            seed=seed,
+            state=folder,
+            instruments=(*instruments, TimeAndMemory()),
         )
-        runs_of[pass_.name] += 1
-        invocation = Invocation(pass_, position, pipeline, context, seed)
-        context.on_progress = _progress_hook(invocation, instruments)
+        return run.finish(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What passes run the model on."""
+
+    examples: Sequence[Feeds]
+    calibration: Sequence[Feeds]
+    training: Sequence[Feeds]
+
+    def fitted(self, model: ir.Model) -> _Inputs:
+        """The same for a graph that has lost inputs, or whose caches have another shape."""
+        return _Inputs(
+            tuple(fitted(feeds, model) for feeds in self.examples),
+            *(_fitted_data(data, model) for data in (self.calibration, self.training)),
+        )
+
+
+def _fitted_data(data: Sequence[Feeds], model: ir.Model) -> Sequence[Feeds]:
+    return CalibrationData(data).fitted(model) if data else data
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+    """A pipeline on its way: what was done up to some pass, and what the next ones are given."""
+
+    pipeline: Pipeline
+    target: Target
+    inputs: _Inputs
+    seed: int
+    state: Path
+    instruments: Sequence[Instrument]
+    original: ir.Model | None = None
+    position: int = 0
+    reports: tuple[PassReport, ...] = ()
+    runs_of: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def finish(self, model: ir.Model) -> PipelineReport:
+        """Run the passes that are left, and then on each alternative that one of them gave."""
+        branches: list[tuple[str, ir.Model, _Run]] = []
+        passes = tuple(self.pipeline)
+        while self.position < len(passes):
+            pass_ = passes[self.position]
+            self._keep_original(pass_, passes, model)
+            alternatives = self._step(pass_, model)
+            self.position += 1
+            for label, other in alternatives.items():
+                set_facts(other, facts_of(model))
+                copied = dataclasses.replace(
+                    self, inputs=self.inputs.fitted(other), runs_of=self.runs_of.copy()
+                )
+                branches.append((label, other, copied))
+        return PipelineReport(
+            pipeline=str(self.pipeline),
+            target=self.target.name,
+            seed=self.seed,
+            passes=self.reports,
+            peak_memory=peak_memory_bytes(),
+            alternatives={
+                label: Alternative(other, branch.finish(other)) for label, other, branch in branches
+            },
+        )
+
+    def _keep_original(self, pass_: Pass, passes: Sequence[Pass], model: ir.Model) -> None:
+        changes = pass_.contract is Contract.APPROXIMATE or pass_.uses_original
+        if self.original is None and changes and any(other.uses_original for other in passes):
+            self.original = clone(model)
+
+    def _step(self, pass_: Pass, model: ir.Model) -> Mapping[str, ir.Model]:
+        """Run one pass unless an instrument is against it; gives the alternatives."""
+        run, names = self.runs_of[pass_.name], _input_types(model)
+        self.runs_of[pass_.name] += 1
+        context = PassContext(
+            target=self.target,
+            examples=self.inputs.examples,
+            calibration=self.inputs.calibration,
+            training=self.inputs.training,
+            original=self.original,
+            state=lambda: self.state / f"{pass_.name}-{run}",
+            seed=(self.seed, zlib.crc32(pass_.name.encode()), run),
+        )
+        invocation = Invocation(pass_, self.position, self.pipeline, context, self.seed)
+        context.on_progress = _progress_hook(invocation, self.instruments)
         # Every instrument is asked, so that one that counts invocations sees them all.
-        votes = [instrument.should_run(invocation, model) for instrument in instruments]
-        if all(votes):
-            reports.append(_run_pass(invocation, model, instruments))
-    return PipelineReport(
-        pipeline=str(pipeline),
-        target=target.name,
-        seed=seed,
-        passes=tuple(reports),
-        peak_memory=peak_memory_bytes(),
-    )
+        votes = [instrument.should_run(invocation, model) for instrument in self.instruments]
+        if not all(votes):
+            return {}
+        report, result = _run_pass(invocation, model, self.instruments)
+        self.reports += (report,)
+        if _input_types(model) != names:
+            self.inputs = self.inputs.fitted(model)
+        return result.alternatives
 
 
-def _run_pass(invocation: Invocation, model: ir.Model, instruments: Sequence[Instrument]) -> PassReport:
+def _input_types(model: ir.Model) -> list[tuple[str | None, str]]:
+    return [(value.name, str(value.shape)) for value in model.graph.inputs]
+
+
+def _run_pass(
+    invocation: Invocation, model: ir.Model, instruments: Sequence[Instrument]
+) -> tuple[PassReport, PassResult]:
     """Run one pass between its instruments; whatever goes wrong is told to them and raised with its name."""
     pass_ = invocation.pass_
     if any(instrument.wants_copy for instrument in instruments):
@@ -101,7 +198,7 @@ def _run_pass(invocation: Invocation, model: ir.Model, instruments: Sequence[Ins
             raise
         raise named from error
     nodes_after, bytes_after = size_of(model)
-    return PassReport(
+    report = PassReport(
         name=pass_.name,
         options=pass_.changed_options(),
         modified=result.modified,
@@ -116,6 +213,7 @@ def _run_pass(invocation: Invocation, model: ir.Model, instruments: Sequence[Ins
         weight_bytes_after=bytes_after,
         errors=invocation.errors,
     )
+    return report, result
 
 
 def _check_result(pass_: Pass, result: object) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -80,6 +81,14 @@ class PassReport:
         return max(self.errors.values(), key=lambda error: error.max_relative, default=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """A further result that a pass gave, taken through the rest of the pipeline."""
+
+    model: ir.Model
+    report: PipelineReport
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineReport:
     """What a pipeline did: its passes in the order in which they ran.
@@ -90,6 +99,7 @@ class PipelineReport:
         seed: what seeded the passes.
         passes: one report for each pass that ran.
         peak_memory: the most memory that the process had held by the end, in bytes; None where not known.
+        alternatives: further results by their labels, such as ``1.5x``, with reports of their own.
     """
 
     pipeline: str
@@ -97,6 +107,7 @@ class PipelineReport:
     seed: int
     passes: tuple[PassReport, ...]
     peak_memory: int | None = None
+    alternatives: Mapping[str, Alternative] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 MASK = "attention_mask"
+LABELS = "labels"
+"""What training data may give beside the graph's inputs: the task's targets, batch first."""
+_PAST = "past_key_values."
 _ELEMENTS_PER_RUN = 2048
 """Of the largest input: so many tokens bring matrix products to full speed and need little memory."""
 
@@ -37,7 +40,9 @@ class CalibrationData(Sequence[Feeds]):
         self._batches = tuple(batches)
 
     @classmethod
-    def read(cls, source: Any, model: ir.Model, signature: Signature | None = None) -> CalibrationData:
+    def read(
+        cls, source: Any, model: ir.Model, signature: Signature | None = None, *, labels: bool = False
+    ) -> CalibrationData:
         """Read ``source`` once and fit each item to the graph's inputs.
 
         Inputs of a decoder that follow from the others may be left out: ``attention_mask`` (ones),
@@ -47,6 +52,7 @@ class CalibrationData(Sequence[Feeds]):
             source: an iterable of dicts, tensors or tuples, or an object with ``get_next()``.
             model: its graph inputs are what items must give.
             signature: how the traced module is called, for items that are spelled as its arguments.
+            labels: items that are dicts may also have ``labels``, an array whose first axis is the batch.
 
         Raises:
             InputError: there is no item, or one does not fit; the message says which and why.
@@ -54,8 +60,12 @@ class CalibrationData(Sequence[Feeds]):
         batches: list[Feeds] = []
         for position, item in enumerate(_items(source)):
             try:
-                feeds = _feeds(item, model, signature)
+                inputs, targets = _split_labels(item) if labels else (item, None)
+                feeds = _feeds(inputs, model, signature)
                 _check(feeds, model)
+                if targets is not None:
+                    _check_labels(targets, feeds)
+                    feeds[LABELS] = targets
             except InputError as error:
                 raise InputError(
                     f"calibration data, item {position}: {error.message}", hint=error.hint
@@ -67,6 +77,10 @@ class CalibrationData(Sequence[Feeds]):
             )
         return cls(_regroup(batches) if _has_batch_axis(model) else batches)
 
+    def fitted(self, model: ir.Model) -> CalibrationData:
+        """The same data for a graph whose inputs have changed, see `fitted`."""
+        return CalibrationData(fitted(feeds, model) for feeds in self._batches)
+
     def __len__(self) -> int:
         return len(self._batches)
 
@@ -76,6 +90,35 @@ class CalibrationData(Sequence[Feeds]):
     def __getitem__(self, index: slice) -> tuple[Feeds, ...]: ...
     def __getitem__(self, index: int | slice) -> Feeds | tuple[Feeds, ...]:
         return self._batches[index]
+
+
+def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
+    """Feeds for a graph that has lost inputs, or caches some of their heads, since they were made.
+
+    What is no longer an input is left out. Where caches do not fit any more, all of them start empty, and the
+    mask loses the part that was theirs.
+
+    Raises:
+        InputError: a cache is needed whose shape the graph does not tell.
+    """
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    kept = {name: array for name, array in feeds.items() if name in inputs or name == LABELS}
+    caches = [name for name in kept if name.startswith(_PAST)]
+    if all(_fits(kept[name], inputs[name]) for name in caches):
+        return kept
+    past = kept[caches[0]].shape[2]
+    for name in caches:
+        kept[name] = _empty_past(inputs[name], kept[name].shape[0])
+    if past and MASK in kept:
+        kept[MASK] = kept[MASK][..., past:]
+    return kept
+
+
+def _fits(array: Array, value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is None or all(
+        dim == size for dim, size in zip(shape, array.shape, strict=True) if isinstance(dim, int)
+    )
 
 
 def token_mask(feeds: Feeds) -> npt.NDArray[np.bool_] | None:
@@ -140,10 +183,10 @@ def _completed(feeds: dict[str, Array], model: ir.Model) -> dict[str, Array]:
     inputs = {str(value.name): value for value in model.graph.inputs}
     missing = [name for name in _input_names(model) if name not in feeds]
     for name in missing:
-        if name.startswith("past_key_values."):
+        if name.startswith(_PAST):
             feeds[name] = _empty_past(inputs[name], ids.shape[0])
     if MASK in missing:
-        past = next((feeds[name].shape[2] for name in feeds if name.startswith("past_key_values.")), 0)
+        past = next((feeds[name].shape[2] for name in feeds if name.startswith(_PAST)), 0)
         feeds[MASK] = np.ones((ids.shape[0], past + ids.shape[1]), np.int64)
     if "position_ids" in missing:
         attended = feeds[MASK] if MASK in feeds else np.ones(ids.shape, np.int64)
@@ -175,16 +218,28 @@ def _check(feeds: dict[str, Array], model: ir.Model) -> None:
                 raise InputError(f"input {name!r}: expected {dtype}, found {array.dtype}")
             feeds[name] = array = array.astype(dtype)
         shape = value.shape
-        fits = shape is None or (
-            len(shape) == array.ndim
-            and all(dim == size for dim, size in zip(shape, array.shape, strict=True) if isinstance(dim, int))
-        )
-        if not fits:
+        if shape is not None and (len(shape) != array.ndim or not _fits(array, value)):
             raise InputError(f"input {name!r}: expected shape {shape}, found {list(array.shape)}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"input {name!r} holds NaN or infinity")
-        if array.size == 0 and not name.startswith("past_key_values."):
+        if array.size == 0 and not name.startswith(_PAST):
             raise InputError(f"input {name!r} is empty, {list(array.shape)}")
+
+
+def _split_labels(item: Any) -> tuple[Any, Array | None]:
+    if not isinstance(item, Mapping) or LABELS not in item:
+        return item, None
+    return {name: value for name, value in item.items() if name != LABELS}, _array(item[LABELS])
+
+
+def _check_labels(labels: Array, feeds: Feeds) -> None:
+    batch = next(iter(feeds.values())).shape[:1]
+    if labels.shape[:1] != batch:
+        raise InputError(
+            f"labels: expected a first axis of {list(batch)}, as the inputs have, found {list(labels.shape)}"
+        )
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise InputError("labels hold NaN or infinity")
 
 
 def _has_batch_axis(model: ir.Model) -> bool:

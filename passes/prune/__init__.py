@@ -1,0 +1,1 @@
+"""Structured pruning to a measured speed-up: ZipLM and its baselines, block dropping, 2SSP."""
