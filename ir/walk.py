@@ -68,3 +68,11 @@ def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from attribute.as_graphs()
+
+
+def values_read(node: ir.Node) -> Iterator[ir.Value]:
+    """The values of its own graph that ``node`` reads, those that its subgraphs read included."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs_of(node):
+        for inner in graph.all_nodes():
+            yield from (value for value in inner.inputs if value is not None and value.graph is node.graph)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ...ir.errors import InputError
+from ...ir.walk import values_read
 from ..session import open_session, run_session, serialize_sharing_weights
 from .data import CalibrationData, Feeds, token_mask
 
@@ -153,7 +154,7 @@ class _Piece:
                 )
             if node not in needed:
                 needed.add(node)
-                pending.extend(_read_by(node))
+                pending.extend(values_read(node))
         return [node for node in self._model.graph if node in needed]
 
     def session(self, known: Mapping[str, Array]) -> onnxruntime.InferenceSession:
@@ -161,7 +162,7 @@ class _Piece:
         initializers = {
             value: None
             for node in self.nodes
-            for value in _read_by(node)
+            for value in values_read(node)
             if value.is_initializer() and str(value.name) not in self.inputs
         }
         view = ir.GraphView(
@@ -207,28 +208,11 @@ def _prologue(graph: ir.Graph) -> set[str]:
     expensive: set[ir.Value] = set()
     for node in graph:
         is_heavy = node.domain != "" or node.op_type in _HEAVY
-        if is_heavy or any(value in expensive for value in _read_by(node)):
+        if is_heavy or any(value in expensive for value in values_read(node)):
             expensive.update(node.outputs)
         else:
             cheap.update(str(value.name) for value in node.outputs)
     return cheap
-
-
-def _read_by(node: ir.Node) -> Iterator[ir.Value]:
-    """The values that a node reads, those that its subgraphs take from outside included."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = [attribute.as_graph()]
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = list(attribute.as_graphs())
-        else:
-            continue
-        for graph in graphs:
-            for inner in graph.all_nodes():
-                yield from (
-                    value for value in inner.inputs if value is not None and value.graph is node.graph
-                )
 
 
 def _name(value: ir.Value | str) -> str:
