@@ -1,0 +1,59 @@
+"""Recovery training: the compressed model learns to do as the model before compression does.
+
+    minimise over W:   λ₁ · D(outputs, teacher's outputs) + λ₂ · D(hidden states, teacher's) + λ₃ · task
+
+The teacher is the model as it was before the first pass of the pipeline that changed its function. Both are
+lowered to torch.fx; gradients come from autograd, updates from AdamW. Hidden states are the residual stream
+after each block that both models have, so no map of layers is needed: pruning inside of blocks leaves their
+outputs' width, and a dropped block has no state of its own. Shapes and zeros that pruning left in the graph
+stay shapes; zeros that it left in weights do not stay (see `sparsify`). BatchNormalization keeps its
+statistics.
+
+Where training did not lower the loss on data that was kept from it, the weights are left as they were.
+
+Preconditions: a canonical graph without quantised weights; a basis of the hidden states that is the
+teacher's, so it belongs before `rotate`. ZipLM and SquareHead: Kurtic et al., 2023; logits: Hinton et al.,
+2015.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from ...runtime.training import write_back
+from ..infrastructure.base import Coverage, PassContext, PassResult, Skipped
+from .training_pass import TrainingPass, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(TrainingPass):
+    """Train a compressed model to do as the original does: W ← argmin distance(model(W), original)."""
+
+    name: ClassVar[str] = "distill"
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
+        """Train the weights, and keep them if that helped."""
+        weights, skipped = self._weights(model, ctx)
+        if not weights:
+            return PassResult(modified=False, coverage=_coverage(0, skipped))
+        trained = self._train(model, ctx, weights)
+        unread = [weight.name for weight in weights if weight.name not in trained.parameters]
+        skipped += [Skipped(name, "no loss depends on it") for name in unread]
+        ctx.remark("training", report(trained))
+        coverage = _coverage(len(trained.parameters), skipped)
+        if not trained.is_better:
+            ctx.remark(
+                "training",
+                "the weights before training were kept: it made the held-out loss worse; lower "
+                "the learning rate, or give more data",
+            )
+            return PassResult(modified=False, coverage=coverage)
+        write_back(model, trained.parameters)
+        return PassResult(modified=True, coverage=coverage)
+
+
+def _coverage(covered: int, skipped: list[Skipped]) -> Coverage:
+    return Coverage(unit="weights trained", covered=covered, skipped=tuple(skipped))
