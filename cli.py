@@ -1,4 +1,4 @@
-"""The command line: ``planish compile | inspect | passes | benchmark | compare | diff | bisect``.
+"""The command line: ``planish compile | inspect | structure | latency | passes | benchmark | …``.
 
 Exit codes: 0 done, 1 an error of planish or of its input (one red line on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from . import cli_pruning
 from .ir.errors import InputError, ModelError, PipelineError, PlanishError
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ SizesOption = Annotated[
 CalibrationOption = Annotated[
     list[Path] | None, typer.Option("--calibration", help="An .npz with one batch; may be repeated.")
 ]
+TrainingOption = Annotated[
+    list[Path] | None,
+    typer.Option("--training", help="An .npz with a batch to train on, and `labels`; may be repeated."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seeds every pass that draws random numbers.")]
 
 
@@ -127,7 +132,11 @@ def compile_command(
     inputs: InputsOption = None,
     size: SizesOption = None,
     calibration: CalibrationOption = None,
+    training: TrainingOption = None,
     seed: SeedOption = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder where long passes keep what an interrupted run goes on from.")
+    ] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder for the model after every pass.")] = None,
     print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what every pass changed.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print how often every rewrite hit.")] = False,
@@ -172,9 +181,11 @@ def compile_command(
             pipeline,
             example_inputs=example_inputs,
             calibration=_calibration(calibration),
+            training=_calibration(training),
             target=target,
             check=check,
             seed=seed,
+            state=state,
             instruments=[
                 progress,
                 *_instruments(dump, print_diff, reproducer, bisect_limit, check, example_inputs),
@@ -182,17 +193,23 @@ def compile_command(
             ],
         )
         written = compiled.save(output, external_data=external_data or None)
+        others = [
+            other.save(output.with_stem(f"{output.stem}-{label}"), external_data=external_data or None)
+            for label, other in compiled.alternatives.items()
+        ]
     out.print(compiled.report)
     if statistics:
         out.print(statistics)
     if report:
         text = json.dumps(compiled.report.as_dict(), indent=2, ensure_ascii=False)
         report.write_text(text + "\n", encoding="utf-8")
-    before, after = file_bytes(model), file_bytes(written)
-    out.print(
-        f"wrote {written}: {format_bytes(after)}, {after / before:.0%} of {format_bytes(before)}",
-        highlight=False,
-    )
+    before = file_bytes(model)
+    for path in (*others, written):
+        after = file_bytes(path)
+        out.print(
+            f"wrote {path}: {format_bytes(after)}, {after / before:.0%} of {format_bytes(before)}",
+            highlight=False,
+        )
 
 
 @app.command(no_args_is_help=True)
@@ -220,6 +237,10 @@ def inspect(
         out.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
     if history := history_table(graph.metadata_props):
         out.print(history)
+
+
+app.command(no_args_is_help=True)(cli_pruning.structure)
+app.command(no_args_is_help=True)(cli_pruning.latency)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from .codegen import get_target
 from .codegen.target import Target
 from .ir import load
+from .ir.content_hash import content_hash
 from .ir.errors import InputError, PipelineError
 from .ir.signature import Signature, flatten_inputs
 from .ir.trace import trace
@@ -177,15 +177,3 @@ def _checks(check: Check, examples: Sequence[Feeds]) -> tuple[Instrument, ...]:
             hint="give example_inputs=",
         )
     return (VerifyAfterEachPass(), ContractCheck(examples))
-
-
-def content_hash(model: ir.Model) -> str:
-    """SHA-256 of a graph's weights, names included: which model a file was compiled from."""
-    digest = hashlib.sha256()
-    for name in sorted(model.graph.initializers):
-        tensor = model.graph.initializers[name].const_value
-        if tensor is None:
-            continue
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
-    return f"sha256:{digest.hexdigest()}"
