@@ -21,7 +21,7 @@ err = Console(stderr=True)
 def structure(
     model: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
 ) -> None:
-    """Show what `prune` could remove: groups of channels, heads and whole modules, and why the rest must stay.
+    """Show what `prune` could remove: channels, heads and whole modules, and why the rest must stay.
 
     ```
     planish structure model.onnx
@@ -55,7 +55,8 @@ def latency(
     ```
     planish latency model.onnx -o table.json --batch 8 --sequence 128
     planish latency --show table.json
-    planish compile model.onnx -o half.onnx -p "canonicalize,prune{speedup=2,batch=8,latency_table=table.json},fuse"
+    planish compile model.onnx -o half.onnx --calibration inputs.npz \\
+        -p "canonicalize,prune{speedup=2,batch=8,latency_table=table.json},fuse"
     ```
     """
     from .runtime.latency_table import LatencyTable

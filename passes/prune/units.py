@@ -72,7 +72,7 @@ class Grid:
 
 
 def _own_module(group: ChannelGroup, structure: Structure) -> ResidualModule | None:
-    """The module that this group alone fills; where several share one, none decides alone about dropping it."""
+    """The module that this group alone fills; where several share one, none drops it alone."""
     return next((module for module in structure.modules if module.groups == (group.name,)), None)
 
 
