@@ -220,6 +220,8 @@ def measured_table(
         {unit.name: unit.counts for unit in units},
         target=deployment.target,
         feeds=deployment.feeds_of(model),
+        batch=deployment.batch,
+        sequence=deployment.sequence,
         deployed_with=deployment.deployed_with,
         prepare=deployment.prepare,
         progress=progress,
