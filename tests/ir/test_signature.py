@@ -120,3 +120,22 @@ def test_default_arguments_are_those_that_the_call_leaves_out() -> None:
     assert default_arguments(Module(), (X,), {"flag": False}) == {"scale": 2, "mask": None}
     with pytest.raises(InputError, match=r"do not fit Module\.forward"):
         default_arguments(Module(), (), {"y": X})
+
+
+def test_a_graph_that_lost_an_input_ignores_its_tensor(signature: Signature) -> None:
+    restricted = signature.restricted(["x", "pair.0"], signature.output_names)
+    assert list(flatten_inputs(restricted, (X, (Y, {"b": Z})))) == ["x", "pair.0"]
+    assert list(flatten_inputs(restricted, (X, (Y, {})))) == ["x", "pair.0"]
+
+
+def test_none_stands_where_a_lost_output_was(signature: Signature) -> None:
+    restricted = signature.restricted(signature.input_names, ["logits", "size"])
+    assert unflatten_outputs(restricted, [X, torch.tensor(3)]) == {
+        "logits": X,
+        "size": 3,
+        "hidden": (None, None),
+    }
+
+
+def test_nothing_lost_is_nothing_changed(signature: Signature) -> None:
+    assert signature.restricted([*signature.input_names, "more"], signature.output_names) is signature

@@ -8,9 +8,10 @@ import onnx_ir as ir
 import planish
 import pytest
 import torch
+from planish.ir.errors import InputError
 from planish.ir.signature import Signature
 from planish.runtime.calibration import CalibrationData
-from planish.runtime.calibration.data import token_mask
+from planish.runtime.calibration.data import fitted, token_mask
 
 DECODER = """
 <ir_version: 10, opset_import: ["" : 23]>
@@ -159,3 +160,50 @@ def test_no_mask_means_no_padding():
     assert token_mask({"attention_mask": np.ones((2, 3))}) is None
     beside_a_cache = {"input_ids": IDS, "attention_mask": np.array([[0, 1, 1, 1, 1], [1, 1, 1, 0, 1]])}
     assert token_mask(beside_a_cache).tolist() == [[True, True, True], [True, False, True]]
+
+
+def test_labels_travel_with_training_data():
+    item = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32), "labels": np.array([4, 5])}
+    (feeds,) = CalibrationData.read([item], two_inputs(), labels=True)
+    np.testing.assert_array_equal(feeds["labels"], [4, 5])
+    with pytest.raises(InputError, match=r"item 0: expected the inputs \['a', 'b'\], found"):
+        CalibrationData.read([item], two_inputs())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(np.zeros(3), r"first axis of \[2\]"), (np.array([1.0, np.nan]), "NaN or infinity")],
+)
+def test_labels_that_do_not_fit(labels, message):
+    item = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32), "labels": labels}
+    with pytest.raises(InputError, match=message):
+        CalibrationData.read([item], two_inputs(), labels=True)
+
+
+def test_data_is_fitted_to_a_cache_with_fewer_heads():
+    model = parse(DECODER)
+    (feeds,) = CalibrationData.read([{"input_ids": IDS}], model)
+    past = np.ones((2, 2, 1, 4), np.float32)
+    filled = {
+        **feeds,
+        "attention_mask": np.ones((2, 4), np.int64),
+        "past_key_values.0.key": past,
+        "past_key_values.0.value": past,
+    }
+    assert fitted(filled, model).keys() == filled.keys()
+    assert fitted(filled, model)["past_key_values.0.key"] is past
+    for value in model.graph.inputs:
+        if value.name.startswith("past"):
+            value.shape = ir.Shape(["batch", 1, "past", 4])
+    found = fitted(filled, model)
+    assert found["past_key_values.0.key"].shape == found["past_key_values.0.value"].shape == (2, 1, 0, 4)
+    assert found["attention_mask"].shape == (2, 3)
+    np.testing.assert_array_equal(found["input_ids"], IDS)
+
+
+def test_data_for_inputs_that_are_gone_is_left_out():
+    model = parse(DECODER)
+    data = CalibrationData.read([{"input_ids": IDS}], model)
+    model.graph.inputs[:] = [value for value in model.graph.inputs if value.name == "input_ids"]
+    (feeds,) = data.fitted(model)
+    assert list(feeds) == ["input_ids"]
