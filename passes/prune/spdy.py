@@ -1,0 +1,187 @@
+"""Which level of pruning each unit gets, so that all units together keep a budget of time.
+
+    minimise loss(s)   subject to   Σ_l t[l, s_l] ≤ T
+
+over one level s_l for each unit l, where only t is a sum over units. The loss is searched through the
+solutions of the problem that adds up,
+
+    minimise Σ_l c_l · p[l, s_l]   subject to   Σ_l t[l, s_l] ≤ T
+
+with p the error of each level in its own layer: the coefficients c say how much the units matter, each c
+gives one choice, and the search mutates the c of the choice that lost least. The solutions come from a
+dynamic programme over time buckets. SPDY (Frantar and Alistarh, 2022), structured as in ZipLM (Kurtic,
+Frantar and Alistarh, 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+Progress = Callable[[Sequence[int], str], Iterator[int]]
+
+_RANDOM_SHARE = 0.1
+"""Of the evaluations, how many are of random coefficients, before those of mutated ones."""
+_MUTATED_SHARE = 0.1
+"""Of the coefficients, how many are mutated at once."""
+_MOST_REPEATS = 100
+"""The search ends where so many coefficients in a row only give choices that were seen before."""
+
+
+def solve(
+    errors: Sequence[npt.NDArray[Any]],
+    seconds: Sequence[npt.NDArray[Any]],
+    budget: float,
+    *,
+    buckets: int = 10_000,
+) -> list[int] | None:
+    """One level for each unit, with the least total error among those whose total time keeps the budget.
+
+    A unit's time counts from that of its fastest level, so that the fastest choice is exact, and is rounded
+    up to whole buckets of what the budget leaves over, so that the true time keeps the budget. The error is
+    at most the least one within a budget that is smaller by one bucket for each unit.
+
+    Args:
+        errors: [levels] of each unit, not negative.
+        seconds: [levels] of each unit.
+        budget: the largest total of seconds.
+        buckets: how finely time is divided.
+
+    Returns:
+        The index of the level of each unit; None if even the fastest levels take longer than the budget.
+    """
+    steps = _steps(seconds, budget, buckets)
+    if steps is None:
+        return None
+    # least[l][t]: the least error of the first l units within t buckets.
+    least = np.full((len(errors) + 1, buckets + 1), np.inf)
+    least[0] = 0.0
+    for before, after, error, step in zip(least, least[1:], errors, steps, strict=False):
+        for level in np.flatnonzero(step <= buckets):
+            taken = int(step[level])
+            np.minimum(after[taken:], before[: buckets + 1 - taken] + error[level], out=after[taken:])
+    left = buckets
+    choice: list[int] = []
+    for before, error, step in zip(least[-2::-1], reversed(errors), reversed(steps), strict=True):
+        possible = np.flatnonzero(step <= left)
+        best = int(possible[np.argmin(before[left - step[possible]] + error[possible])])
+        choice.append(best)
+        left -= int(step[best])
+    return choice[::-1]
+
+
+def _steps(
+    seconds: Sequence[npt.NDArray[Any]], budget: float, buckets: int
+) -> list[npt.NDArray[np.int64]] | None:
+    """[levels] of each unit: buckets above its fastest level, more than ``buckets`` where it cannot be."""
+    above = [np.asarray(times, np.float64) - np.min(times) for times in seconds]
+    spare = budget - float(sum(np.min(times) for times in seconds))
+    # A budget that is the sum of the fastest times, added in another order, may differ in its last bits.
+    if spare < -1e-12 * abs(budget):
+        return None
+    # Beyond twice what the slowest levels take, all fit however they are rounded.
+    spare = min(max(spare, 0.0), 2.0 * float(sum(times.max() for times in above)))
+    width = spare / buckets if spare else np.inf
+    found = []
+    for times in above:
+        fits = times <= spare
+        found.append(
+            np.where(fits, np.ceil(np.where(fits, times, 0.0) / width), buckets + 1).astype(np.int64)
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """The choice that lost least.
+
+    Attributes:
+        choice: the index of the level of each unit.
+        coefficients: [units] what the error of each unit was multiplied by where the choice came up.
+        loss: the fitness of the choice.
+        evaluations: different choices that were looked at.
+    """
+
+    choice: tuple[int, ...]
+    coefficients: Doubles
+    loss: float
+    evaluations: int
+
+
+def _no_progress(items: Sequence[int], description: str) -> Iterator[int]:
+    return iter(items)
+
+
+def search(
+    errors: Sequence[npt.NDArray[Any]],
+    seconds: Sequence[npt.NDArray[Any]],
+    budget: float,
+    fitness: Callable[[Sequence[int]], float],
+    *,
+    evaluations: int,
+    rng: np.random.Generator,
+    start: npt.NDArray[Any] | None = None,
+    progress: Progress = _no_progress,
+) -> Found | None:
+    """The best choice within the budget that ``evaluations`` different choices show.
+
+    The same arguments and generator ask for the same choices in the same order: a search that was interrupted
+    goes on where it was if it is run again with a fitness that remembers.
+
+    Args:
+        errors: [levels] of each unit: the error of each level in its own layer, not negative.
+        seconds: [levels] of each unit.
+        budget: the largest total of seconds.
+        fitness: the loss of a choice, one level for each unit; may be infinite. Never asked for twice.
+        evaluations: how many different choices to look at, at least one.
+        rng: draws coefficients.
+        start: [units] measured sensitivities of the units, not negative: coefficients to try early.
+        progress: shows how far the search is.
+
+    Returns:
+        None if even the fastest levels take longer than the budget.
+    """
+    untried = _first_coefficients(len(errors), start, evaluations, rng)
+    best: Found | None = None
+    seen: set[tuple[int, ...]] = set()
+    for _ in progress(range(evaluations), "search levels"):
+        for _ in range(_MOST_REPEATS):
+            coefficients = untried.pop(0) if best is None or untried else _mutated(best.coefficients, rng)
+            weighted = [factor * unit for factor, unit in zip(coefficients, errors, strict=True)]
+            solved = solve(weighted, seconds, budget)
+            if solved is None:
+                return None
+            choice = tuple(solved)
+            if choice not in seen:
+                break
+        else:
+            break
+        seen.add(choice)
+        loss = float(fitness(choice))
+        if best is None or loss < best.loss:
+            best = Found(choice, coefficients, loss, len(seen))
+    return best and dataclasses.replace(best, evaluations=len(seen))
+
+
+def _first_coefficients(
+    units: int, start: npt.NDArray[Any] | None, evaluations: int, rng: np.random.Generator
+) -> list[Doubles]:
+    """All ones, the measured sensitivities, and random ones; the largest of each about one."""
+    measured = [] if start is None else [np.asarray(start, np.float64) / (np.max(start) or 1.0)]
+    return [np.ones(units), *measured, *rng.random((round(_RANDOM_SHARE * evaluations), units))]
+
+
+def _mutated(coefficients: Doubles, rng: np.random.Generator) -> Doubles:
+    """Some coefficients drawn anew, or moved by a factor: those of measured sensitivities span decades."""
+    units = len(coefficients)
+    changed = rng.permutation(units)[: max(1, round(_MUTATED_SHARE * units))]
+    anew = (coefficients.max() or 1.0) * rng.random(len(changed))
+    moved = coefficients[changed] * np.exp(rng.standard_normal(len(changed)))
+    result = coefficients.copy()
+    result[changed] = anew if rng.random() < 0.5 else moved
+    return result
