@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from ...ir import clone
 from ...ir.errors import PassError
-from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap
+from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap, can_unfold
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ..infrastructure.base import PassContext
 from .algorithms import Algorithm, LayerStatistics
 from .algorithms.gptq import GPTQ
 from .algorithms.rtn import RoundToNearest
-from .convolution_layers import ConvolutionPlan, can_unfold, patch_statistics, quantize_convolution
+from .convolution_layers import ConvolutionPlan, patch_statistics, quantize_convolution
 from .layer_plan import LayerPlan
 from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
 from .low_rank import low_rank_residual

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
 from ...ir import ops
 from ...ir.views import Convolution
-from ...runtime.calibration import Covariance, Tap
+from ...runtime.calibration import Covariance, Tap, patches
 from .algorithms import Algorithm, LayerStatistics, Remark
 from .grid import Format
 from .quantized_weight import Floats, QuantizedWeight
 from .scheme import Scheme
 from .weights import ERROR_KEY, FLOATS, add_tensor, float_dtype, read_weight, relative_error
-
-_UNFOLDED_AXES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,40 +68,18 @@ def patch_statistics(plan: ConvolutionPlan, taps: Iterable[tuple[Tap, Tap | None
     errors = [Covariance(features) for _ in range(convolution.groups)]
     compares = False
     for tap, dense in taps:
-        patches = list(_patches(convolution, tap.array(plan.input_name)))
-        for covariance, rows in zip(covariances, patches, strict=True):
+        rows_of_groups = list(patches(convolution, tap.array(plan.input_name)))
+        for covariance, rows in zip(covariances, rows_of_groups, strict=True):
             covariance.update(rows)
         if dense is not None:
             compares = True
-            wanted = _patches(convolution, dense.array(plan.input_name))
-            for error, rows, dense_rows in zip(errors, patches, wanted, strict=True):
+            wanted = patches(convolution, dense.array(plan.input_name))
+            for error, rows, dense_rows in zip(errors, rows_of_groups, wanted, strict=True):
                 error.update(dense_rows - rows, rows)
     return [
         LayerStatistics(covariance.mean, error.mean if compares else None, covariance.tokens)
         for covariance, error in zip(covariances, errors, strict=True)
     ]
-
-
-def can_unfold(convolution: Convolution) -> bool:
-    """Whether patches can be taken: of signals and images, not of volumes."""
-    return len(convolution.strides) <= _UNFOLDED_AXES
-
-
-def _patches(convolution: Convolution, array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.float32]]:
-    """[patches, K] of each group of channels, from [batch, channels, …spatial]."""
-    images = torch.from_numpy(np.asarray(array, np.float32))
-    axes = len(convolution.strides)
-    kernel, pads = _weight_shape(convolution)[2:], convolution.pads or ()
-    strides, dilations = convolution.strides, convolution.dilations
-    # Innermost axis first, as torch wants it; a signal is an image of one row.
-    padding = [pads[index] for axis in reversed(range(axes)) for index in (axis, axis + axes)]
-    images = torch.nn.functional.pad(images, padding)
-    if axes == 1:
-        images = images.unsqueeze(2)
-        kernel, strides, dilations = (1, *kernel), (1, *strides), (1, *dilations)
-    for channels in images.chunk(convolution.groups, dim=1):
-        unfolded = torch.nn.functional.unfold(channels, kernel, dilation=dilations, stride=strides)
-        yield unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1]).numpy()
 
 
 def _weight_shape(convolution: Convolution) -> tuple[int, ...]:
