@@ -1,4 +1,4 @@
-"""Corrections as data: what a node says about sizes, in attributes and constant operands, when its axes shrink.
+"""What nodes say about sizes, in attributes and constant operands, and how to correct it when axes shrink.
 
 A constant may be shared by many nodes that shrink differently, so a node that needs another one gets it, and
 shapes put together at run time are put together again.
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..views.values import input_at, integer, static_dim
+from ..views.values import integer, static_dim
 from .facts import constant_integers, rank
 from .kept import Kept
-from .layout_rules import slice_cuts
+from .layout_rules import part_sizes, slice_cuts
 
 Correction = Callable[[ir.Node, Kept], None]
 
@@ -78,6 +78,16 @@ def _split(node: ir.Node, kept: Kept) -> None:
     node.attributes.pop("num_outputs", None)
     node.resize_inputs(2)
     node.replace_input_with(1, shape_constant(node, sizes))
+
+
+def _split_to_sequence(node: ir.Node, kept: Kept) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    lengths = part_sizes(node)
+    indices = kept.axes(source).get((integer(node, "axis") or 0) % rank(source))
+    if lengths is not None and indices is not None:
+        counts = np.diff(np.searchsorted(indices, np.cumsum([0, *lengths])))
+        node.replace_input_with(1, shape_constant(node, counts.tolist()))
 
 
 def _slice(node: ir.Node, kept: Kept) -> None:
@@ -157,5 +167,6 @@ CORRECTIONS: dict[str, Correction] = {
     "RotaryEmbedding": _fewer("num_heads", 0, -1),
     "Slice": _slice,
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
 }
 """The ops of the standard domain that say sizes."""

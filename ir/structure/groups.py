@@ -174,8 +174,8 @@ class Choice:
     Attributes:
         group: the group.
         keep: the structures that stay, ascending, at least one.
-        weights: new values by tensor name, in the tensor's full dense shape: refitted weights of consumers and
-            their biases. What they hold at indices that go does not matter.
+        weights: new values by tensor name, in the tensor's full dense shape: refitted weights of consumers
+            and their biases. What they hold at indices that go does not matter.
     """
 
     group: ChannelGroup

@@ -27,6 +27,6 @@ class Kept:
 
     def values(self) -> Iterator[ir.Value]:
         """Every value that shrinks, each once."""
-        found = {value: None for value in (*self._graph.inputs, *self._graph.initializers.values())}
+        found = dict.fromkeys((*self._graph.inputs, *self._graph.initializers.values()))
         found.update((value, None) for node in self._graph for value in node.outputs)
         return (value for value in found if value.name in self._axes)

@@ -1,7 +1,7 @@
 """Rules of the ops that move data without computing: reshaping, transposing, joining, cutting, expanding.
 
-A Reshape that splits an axis, [384] → [12, 32], makes structures of the *major* axis: index i of 384 goes with
-i // 32 of 12, and the 32 stay. One that merges axes, [C, H, W] → [C·H·W], is the same the other way round.
+A Reshape that splits an axis, [384] → [12, 32], makes structures of the *major* axis: index i of 384 goes
+with i // 32 of 12, and the 32 stay. Merging axes, [C, H, W] → [C·H·W], is the same the other way round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ..views.values import input_at, integer, is_constant, static_dim
 from .facts import (
     Fact,
     constant_integers,
-    dimension,
     integers,
     label,
     pairs,
@@ -169,6 +168,55 @@ def _joined(
             else:
                 yield pairs(part, axis, indices, whole, axis, indices + start)
         start += length
+
+
+def split_to_sequence(node: ir.Node) -> Iterator[Fact]:
+    """Followed where the parts are taken out of the sequence, by a number known beforehand."""
+    source, axis = node.inputs[0], integer(node, "axis") or 0
+    if part_sizes(node) is None:
+        yield from pin(source, [axis], f"{label(node)} computes where it cuts")
+    for use_of_it in node.outputs[0].uses():
+        if part_number(use_of_it.node) is None:
+            yield from pin_all([source], f"{label(node)} makes a sequence that {label(use_of_it.node)} reads")
+
+
+def sequence_at(node: ir.Node) -> Iterator[Fact]:
+    """One part of a value that SplitToSequence cut."""
+    cut, number, target = node.inputs[0], part_number(node), node.outputs[0]
+    splitter = None if cut is None else cut.producer()
+    if splitter is None or splitter.op_type != "SplitToSequence" or number is None:
+        yield from pin(target, range(rank(target)), f"{label(node)} reads a sequence of unknown origin")
+        return
+    source, lengths = splitter.inputs[0], part_sizes(splitter)
+    assert source is not None
+    axis = (integer(splitter, "axis") or 0) % rank(source)
+    for other in range(rank(source)):
+        if other != axis:
+            yield from same(source, other, target, other)
+    length = width(target, axis)
+    if lengths is None or length is None:
+        yield from pin(target, [axis], f"{label(splitter)} computes where it cuts")
+        return
+    start = sum(lengths[:number])
+    yield pairs(target, axis, np.arange(length), source, axis, np.arange(start, start + length))
+
+
+def part_sizes(splitter: ir.Node) -> list[int] | None:
+    """How long the parts are that a SplitToSequence makes; None if they are computed or drop their axis."""
+    source, axis = splitter.inputs[0], integer(splitter, "axis") or 0
+    total, lengths = static_dim(source, axis), constant_integers(input_at(splitter, 1))
+    if total is None or not lengths:
+        return None
+    operand = splitter.inputs[1]
+    if operand is not None and operand.shape is not None and len(operand.shape) == 0:
+        lengths = [min(lengths[0], total - start) for start in range(0, total, lengths[0])]
+    return lengths
+
+
+def part_number(reader: ir.Node) -> int | None:
+    """Which part a SequenceAt takes."""
+    found = constant_integers(input_at(reader, 1)) if reader.op_type == "SequenceAt" else None
+    return found[0] if found and found[0] >= 0 else None
 
 
 def slice_(node: ir.Node) -> Iterator[Fact]:

@@ -19,6 +19,7 @@ from .facts import (
     Pin,
     Rule,
     dimension,
+    integers,
     label,
     pairs,
     pin,
@@ -94,7 +95,7 @@ def gemm(node: ir.Node) -> Iterator[Fact]:
 
 
 def convolution(node: ir.Node) -> Iterator[Fact]:
-    """Output channels come from the weight's axis 0; input channels are summed over within each conv group."""
+    """Output channels come from the weight's axis 0; input channels are summed over within their group."""
     source, weight, bias, target = node.inputs[0], node.inputs[1], input_at(node, 2), node.outputs[0]
     assert source is not None
     assert weight is not None
@@ -184,7 +185,7 @@ def reduction(node: ir.Node) -> Iterator[Fact]:
     """The axes that are reduced stay."""
     source, target = node.inputs[0], node.outputs[0]
     assert source is not None
-    axes = layout_rules.integers(node, "axes", 1)
+    axes = integers(node, "axes", 1)
     given = input_at(node, 1) is not None or "axes" in node.attributes
     if given and axes is None:
         yield from pin_all([source, target], f"{label(node)} computes its axes")
@@ -314,8 +315,10 @@ RULES: dict[str, Rule] = {
     "RMSNormalization": rms_norm,
     "Resize": resize,
     "RotaryEmbedding": rotary_embedding,
+    "SequenceAt": layout_rules.sequence_at,
     "Slice": layout_rules.slice_,
     "Split": layout_rules.split,
+    "SplitToSequence": layout_rules.split_to_sequence,
     "Tile": layout_rules.tile,
     "Transpose": layout_rules.transpose,
 }
@@ -324,7 +327,12 @@ RULES: dict[str, Rule] = {
 
 def facts(node: ir.Node) -> Iterator[Fact]:
     """What the node says about the axes of the values that it touches."""
-    touched = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
+    values = (*node.inputs, *node.outputs)
+    touched = [
+        value
+        for value in values
+        if value is not None and value.name and not isinstance(value.type, ir.SequenceType)
+    ]
     rule = RULES.get(node.op_type) if node.domain == "" else None
     if rule is None:
         domain = f"{node.domain}::" if node.domain else ""

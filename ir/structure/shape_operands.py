@@ -1,8 +1,8 @@
 """The shape that a Reshape or Expand is given, as an operand: constant, or put together at run time.
 
 Canonical graphs write ``[0, 0, 12, 32]`` as one initializer, shared by all who need it. Where a dimension is
-known only at run time and cannot be copied or inferred, the shape is a Concat of such sizes with constants, or
-the Shape of another value.
+known only at run time and cannot be copied or inferred, the shape is a Concat of such sizes with constants,
+or the Shape of another value.
 """
 
 from __future__ import annotations
