@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..codegen.machine import fingerprint
-from ..codegen.target import BoundModel, Target
+from ..codegen.target import Target
 from ..ir.structure import ChannelGroup
 from .end_to_end import threads_of
 from .latency_cache import read_seconds, write_seconds
@@ -73,20 +73,23 @@ class Bench:
     timer: Timer = median_seconds
 
     def seconds(self, piece: Piece, group: ChannelGroup, counts: Sequence[int]) -> dict[int, float]:
-        """Seconds of a piece's own work with so many structures of the group kept, positive numbers.
+        """Seconds of a piece's own work with so many structures of the group kept; none is negative.
 
         Raises:
             TargetError: the target cannot bind an op, or onnxruntime rejects the piece.
         """
         found: dict[int, float] = {}
         for levels in self._batches(piece, group, counts, found):
-            keys = {count: level.key for count, level in levels.items()}
-            runs = {str(count): level.run() for count, level in levels.items()}
-            times = self.timer({**runs, _OVERHEAD: self._level(piece.without_work()).run()})
-            for count, key in keys.items():
-                found[count] = max(times[str(count)] - times[_OVERHEAD], 0.0)
-                write_seconds(key, found[count])
+            found |= self._timed(levels, _Level(self.target, piece.without_work()))
         return found
+
+    def _timed(self, levels: Mapping[int, _Level], overhead: _Level) -> dict[int, float]:
+        runs = {str(count): level.open() for count, level in levels.items()}
+        times = self.timer({**runs, _OVERHEAD: overhead.open()})
+        seconds = {count: max(times[str(count)] - times[_OVERHEAD], 0.0) for count in levels}
+        for count, level in levels.items():
+            write_seconds(level.key, seconds[count])
+        return seconds
 
     def _batches(
         self, piece: Piece, group: ChannelGroup, counts: Sequence[int], found: dict[int, float]
@@ -95,38 +98,36 @@ class Bench:
         batch: dict[int, _Level] = {}
         size = 0
         for count in counts:
-            level = self._level(piece.at_level(group, count), self.prepare)
+            reduced = piece.at_level(group, count)
+            self.prepare(reduced.model)
+            level = _Level(self.target, reduced)
             known = read_seconds(level.key)
             if known is not None:
                 found[count] = known
                 continue
             if batch and size + level.weight_bytes > _MOST_WEIGHT_BYTES:
                 yield batch
-                batch, size = {}, 0
+                batch.clear()  # the caller holds it, too: its weights must go before more come
+                size = 0
             batch[count] = level
             size += level.weight_bytes
         if batch:
             yield batch
 
-    def _level(self, piece: Piece, prepare: Callable[[ir.Model], None] | None = None) -> _Level:
-        if prepare is not None:
-            prepare(piece.model)
-        return _Level(self.target, self.target.bind(piece.model), piece)
-
 
 class _Level:
-    """A piece that is bound, and its place in the cache."""
+    """A piece as the target runs it, and its place in the cache."""
 
-    def __init__(self, target: Target, bound: BoundModel, piece: Piece) -> None:
-        self._target, self._bound, self._feeds = target, bound, piece.feeds
+    def __init__(self, target: Target, piece: Piece) -> None:
+        self._target, self._bound, self._feeds = target, target.bind(piece.model), piece.feeds
         self.key: dict[str, object] = {
             "format": FORMAT,
             "runtime": RUNTIME,
             "machine": fingerprint(),
             "target": target_text(target),
-            "graph": signature(bound.model, piece.feeds),
-            "session_options": dict(bound.session_options),
-            "disabled_optimizers": list(bound.disabled_optimizers),
+            "graph": signature(self._bound.model, piece.feeds),
+            "session_options": dict(self._bound.session_options),
+            "disabled_optimizers": list(self._bound.disabled_optimizers),
         }
 
     @property
@@ -135,7 +136,7 @@ class _Level:
         constants = (value.const_value for value in self._bound.model.graph.initializers.values())
         return sum(tensor.nbytes for tensor in constants if tensor is not None)
 
-    def run(self) -> Callable[[], None]:
-        """Open it."""
+    def open(self) -> Callable[[], None]:
+        """A call that runs it once."""
         session = Session(self._bound, target=self._target, threads=threads_of(self._target))
         return session.repeatable(self._feeds)

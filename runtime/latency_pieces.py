@@ -73,13 +73,16 @@ class Piece:
 def group_nodes(structure: Structure, group: ChannelGroup) -> tuple[str, ...]:
     """The nodes whose time depends on ``group``, by first output.
 
-    Where the group is the only one of a residual module, that is the whole module, its norm and Add
-    included: all of it is gone at level 0. Else it is the nodes that shrink with the group.
+    All of the group's own module, its norm and Add included: nothing of it is left at level 0. Without one,
+    the nodes that shrink with the group.
     """
-    modules: list[ResidualModule] = [
-        module for module in structure.modules if tuple(module.groups) == (group.name,)
-    ]
-    return min((module.nodes for module in modules), key=len, default=group.nodes)
+    module = own_module(structure, group)
+    return group.nodes if module is None else module.nodes
+
+
+def own_module(structure: Structure, group: ChannelGroup) -> ResidualModule | None:
+    """The residual module in which this group lies, and no other."""
+    return next((module for module in structure.modules if module.groups == (group.name,)), None)
 
 
 def extract(model: ir.Model, parts: Mapping[str, Sequence[str]], feeds: Feeds) -> dict[str, Piece]:
@@ -115,7 +118,10 @@ def _cut(model: ir.Model, nodes: Sequence[str], name: str) -> ir.Graph:
     inside = {node: None for node in model.graph if node.outputs and node.outputs[0].name in wanted}
     if len(inside) < len(wanted):
         unknown = sorted(wanted - {str(node.outputs[0].name) for node in inside})
-        raise InputError(f"latency of {name!r}: the graph has no node with the output {unknown[0]!r}")
+        raise InputError(
+            f"latency of {name!r}: the graph has no node with the output {unknown[0]!r}",
+            hint="discover the structure of this very model",
+        )
     read = {value: None for node in inside for value in values_read(node) if value.producer() not in inside}
     read_outside = {value for node in model.graph if node not in inside for value in values_read(node)}
     made = [value for node in inside for value in node.outputs]
@@ -147,7 +153,7 @@ def _piece(model: ir.Model, graph: ir.Graph, arrays: Feeds) -> Piece:
             value.dtype = ir.DataType.from_numpy(array.dtype)
         if value.shape is None:
             value.shape = ir.Shape([None] * array.ndim)
-    # Rewrites are handed models that are canonical, as the whole model says it is.
+    # What the whole model is known to be (canonical, say), its pieces are.
     piece = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     piece.meta.update(model.meta)
     return Piece(clone(piece), own)
@@ -156,8 +162,8 @@ def _piece(model: ir.Model, graph: ir.Graph, arrays: Feeds) -> Piece:
 def _fitted(value: ir.Value, array: Array) -> Array:
     """The array with the first channels or heads, as many as the shrunk graph declares."""
     for axis, dim in enumerate(value.shape or ()):
-        if axis > 0 and isinstance(dim, int):
-            array = array.take(range(min(dim, array.shape[axis])), axis)
+        if isinstance(dim, int) and dim < array.shape[axis]:
+            array = array.take(range(dim), axis)
     return np.ascontiguousarray(array)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..codegen.machine import fingerprint
 from ..codegen.target import Target
@@ -32,11 +33,11 @@ from ..ir import clone
 from ..ir.errors import InputError
 from ..ir.structure import ChannelGroup, Structure
 from .calibration.data import Feeds
-from .end_to_end import end_to_end_latency, threads_of
+from .end_to_end import end_to_end_latency, fitted_feeds, open_bound, threads_of
 from .latency_bench import RUNTIME, Bench, Timer, median_seconds, target_text
 from .latency_cache import write_json
 from .latency_feeds import deployment_feeds
-from .latency_pieces import Piece, extract, group_nodes
+from .latency_pieces import Piece, extract, group_nodes, own_module
 
 __all__ = ["LatencyTable", "deployment_feeds", "end_to_end_latency", "measure_latency_table"]
 
@@ -165,7 +166,7 @@ class LatencyTable:
 
     def __rich__(self) -> Table:
         """One row per level; groups with the same times share their rows."""
-        table = Table(title=self._title())
+        table = Table(title=Text(self._title()))
         table.add_column("group", overflow="fold")
         for column in ("kept", "ms", "of dense", "speed-up"):
             table.add_column(column, justify="right")
@@ -175,7 +176,7 @@ class LatencyTable:
             for index, kept in enumerate(sorted(seconds, reverse=True)):
                 share = seconds[kept] / dense if dense else 0.0
                 table.add_row(
-                    "" if index else names[0] + others,
+                    Text("" if index else names[0] + others),
                     str(kept) if kept != _DROPPED else "dropped",
                     f"{seconds[kept] * 1e3:.4f}",
                     f"{share:.1%}",
@@ -241,7 +242,7 @@ def measure_latency_table(
         TargetError: the target cannot run the model.
     """
     groups = [structure.group(name) for name in levels]
-    counts = {group.name: _checked_counts(group, levels[group.name]) for group in groups}
+    counts = {group.name: _checked_counts(structure, group, levels[group.name]) for group in groups}
     pieces = extract(model, {group.name: group_nodes(structure, group) for group in groups}, feeds)
     bench = Bench(target, prepare, timer)
     alike = _grouped(groups, pieces, counts)
@@ -260,26 +261,33 @@ def measure_latency_table(
         batch=batch,
         sequence=sequence,
         deployed_with=deployed_with,
-        total=_total(model, target, feeds, prepare),
+        total=_total(model, target, feeds, prepare, timer),
         seconds={group.name: seconds[group.name] for group in groups},
     )
 
 
-def _total(model: ir.Model, target: Target, feeds: Feeds, prepare: Callable[[ir.Model], None]) -> float:
+def _total(
+    model: ir.Model, target: Target, feeds: Feeds, prepare: Callable[[ir.Model], None], timer: Timer
+) -> float:
     copy = clone(model)
     prepare(copy)
-    return end_to_end_latency({"dense": copy}, target=target, feeds=feeds)["dense"].median_ms / 1e3
+    return timer({"dense": open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))})["dense"]
 
 
-def _checked_counts(group: ChannelGroup, counts: Sequence[int]) -> list[int]:
+def _checked_counts(structure: Structure, group: ChannelGroup, counts: Sequence[int]) -> list[int]:
     """Falling, the dense level first."""
-    wrong = [count for count in counts if not 0 <= count <= group.structures]
-    if wrong:
+    wrong = next((count for count in counts if not 0 <= count <= group.structures), None)
+    if wrong is not None:
         raise InputError(
-            f"latency table: {wrong[0]} structures of group {group.name!r} cannot be kept, "
+            f"latency table: {wrong} structures of group {group.name!r} cannot be kept, "
             f"it has {group.structures}"
         )
-    return sorted({group.structures, *counts}, reverse=True)
+    if _DROPPED in counts and own_module(structure, group) is None:
+        raise InputError(
+            f"latency table: group {group.name!r} has no residual module to itself that could be dropped",
+            hint="leave out its level 0",
+        )
+    return sorted({group.structures, *map(int, counts)}, reverse=True)
 
 
 def _grouped(
