@@ -23,20 +23,32 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ...runtime.training import write_back
+from ...runtime.training import Weight, float_weights, write_back
 from ..infrastructure.base import Coverage, PassContext, PassResult, Skipped
-from .training_pass import TrainingPass, report
+from .training_pass import TrainingPass, reason_not_asked_for, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distill(TrainingPass):
-    """Train a compressed model to do as the original does: W ← argmin distance(model(W), original)."""
+    """Train a compressed model to do as the original does: W ← argmin distance(model(W), original).
+
+    Trained are the float weights of linears, convolutions and norms, and their biases.
+
+    Attributes:
+        targets: names or ``re:`` patterns of the modules to train; empty means all.
+        ignore: names or ``re:`` patterns of the modules that keep their weights.
+    """
 
     name: ClassVar[str] = "distill"
 
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Train the weights, and keep them if that helped."""
-        weights, skipped = self._weights(model, ctx)
+        weights, skipped = self._weights(model)
+        for skip in skipped:
+            ctx.remark(skip.name, f"not trained: {skip.reason}")
         if not weights:
             return PassResult(modified=False, coverage=_coverage(0, skipped))
         trained = self._train(model, ctx, weights)
@@ -53,6 +65,18 @@ class Distill(TrainingPass):
             return PassResult(modified=False, coverage=coverage)
         write_back(model, trained.parameters)
         return PassResult(modified=True, coverage=coverage)
+
+    def _weights(self, model: ir.Model) -> tuple[list[Weight], list[Skipped]]:
+        chosen, skipped = [], []
+        for weight in float_weights(model):
+            reason = reason_not_asked_for(weight, self.targets, self.ignore)
+            if reason is None and weight.role == "embedding" and not self.embeddings:
+                reason = "embedding"
+            if reason is None:
+                chosen.append(weight)
+            else:
+                skipped.append(Skipped(weight.name, reason))
+        return chosen, skipped
 
 
 def _coverage(covered: int, skipped: list[Skipped]) -> Coverage:

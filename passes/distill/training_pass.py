@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -16,12 +16,11 @@ from ...runtime.training import (
     Trained,
     Training,
     Weight,
-    float_weights,
     train,
 )
 from ...runtime.training.losses import OutputKind
 from ...runtime.training.schedule import Decay
-from ..infrastructure.base import Contract, Fact, Pass, PassContext, Skipped
+from ..infrastructure.base import Contract, Fact, Pass, PassContext
 from ..quantize.selection import matches
 
 
@@ -49,8 +48,6 @@ class TrainingPass(Pass):
         outputs: whether outputs are ``logits`` or ``features``; ``auto`` goes by the name ``logits``, or by
             integer labels.
         embeddings: train embedding tables, too.
-        targets: names or ``re:`` patterns of the modules to train; empty means all.
-        ignore: names or ``re:`` patterns of the modules that keep their weights.
         held_out: share of the training data that is kept from training, to measure the loss before and after.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
     """
@@ -74,8 +71,6 @@ class TrainingPass(Pass):
     temperature: float = 1.0
     outputs: OutputKind = "auto"
     embeddings: bool = False
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
     held_out: float = 0.1
     checkpoint_every: int = 100
 
@@ -100,26 +95,6 @@ class TrainingPass(Pass):
 
     def _refused(self, option: str, expected: str) -> PipelineError:
         return PipelineError(f"{self.name}: {option}: expected {expected}, found {getattr(self, option)}")
-
-    def _weights(self, model: ir.Model, ctx: PassContext) -> tuple[list[Weight], list[Skipped]]:
-        """The weights to train, and the others."""
-        chosen, skipped = [], []
-        for weight in float_weights(model):
-            reason = self._reason_to_skip(weight)
-            if reason is None:
-                chosen.append(weight)
-            else:
-                skipped.append(Skipped(weight.name, reason))
-                ctx.remark(weight.name, f"not trained: {reason}")
-        return chosen, skipped
-
-    def _reason_to_skip(self, weight: Weight) -> str | None:
-        names = (weight.owner, weight.name)
-        if any(matches(name, self.ignore) for name in names):
-            return "ignored"
-        if self.targets and not any(matches(name, self.targets) for name in names):
-            return "not a target"
-        return "embedding" if weight.role == "embedding" and not self.embeddings else None
 
     def _train(
         self, model: ir.Model, ctx: PassContext, weights: list[Weight], hook: Hook | None = None
@@ -152,6 +127,14 @@ class TrainingPass(Pass):
     def _training(self) -> Training:
         fields = dataclasses.fields(Training)
         return Training(**{field.name: getattr(self, field.name) for field in fields})
+
+
+def reason_not_asked_for(weight: Weight, targets: Sequence[str], ignore: Sequence[str]) -> str | None:
+    """Why a weight is left out, by the patterns for its module's or its own name; None if it is not."""
+    names = (weight.owner, weight.name)
+    if any(matches(name, ignore) for name in names):
+        return "ignored"
+    return None if not targets or any(matches(name, targets) for name in names) else "not a target"
 
 
 def report(trained: Trained) -> str:

@@ -102,13 +102,16 @@ def fingerprint(models: Sequence[ir.Model], data: Sequence[Feeds], *settings: ob
 def _text_of(node: ir.Node) -> str:
     operands = [None if value is None else value.name for value in node.inputs]
     results = [value.name for value in node.outputs]
-    attributes = [
-        f"{name}={attribute.as_tensor().tobytes() if is_tensor else attribute.value}"
-        for name, attribute in sorted(node.attributes.items())
-        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-        for is_tensor in [attribute.type == ir.AttributeType.TENSOR]
-    ]
+    attributes = [(name, _value_of(attribute)) for name, attribute in sorted(node.attributes.items())]
     return f"{node.domain}:{node.op_type}{operands}{results}{attributes};"
+
+
+def _value_of(attribute: ir.Attr) -> object:
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor().tobytes()
+    # The nodes of a subgraph are told by themselves.
+    is_graph = attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return None if is_graph else attribute.value
 
 
 def _add_tensor(digest: Any, tensor: ir.TensorProtocol) -> None:

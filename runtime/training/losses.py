@@ -59,9 +59,11 @@ class Losses:
 
 
 def rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[rows, channels] of tokens [batch, sequence, channels], images [batch, channels, height, width] or others.
+    """[rows, channels] of tokens, pixels or samples, without padding.
 
-    ``mask`` [batch, sequence] says which tokens are real.
+    Args:
+        values: [batch, sequence, channels], [batch, channels, height, width], [batch, channels] or [batch].
+        mask: [batch, sequence]: which tokens are real; None where all are.
     """
     if values.ndim == 4:
         values = values.movedim(1, -1)
