@@ -117,11 +117,12 @@ def removal(consumers: Sequence[Consumer], least: int, *, damp: float) -> Remova
     states = [_State(consumer, damp) for consumer in consumers]
     left = np.arange(len(consumers[0].structures))
     gone = np.zeros(len(left), bool)
-    removed, costs = [], []
+    removed: list[int] = []
+    costs: list[float] = []
     while len(removed) < len(consumers[0].structures) - least:
         scores = np.where(gone, np.inf, sum(state.scores() for state in states))
         index = int(np.argmin(scores))
-        removed.append(left[index])
+        removed.append(int(left[index]))
         costs.append(float(scores[index]))
         gone[index] = True
         for state in states:
@@ -238,7 +239,8 @@ def _invertible(covariance: Doubles, damp: float) -> tuple[_Curvature, Doubles]:
         if inverse is not None:
             return curvature, inverse
     curvature = _curvature(covariance, tried, positive=True)
-    return curvature, np.linalg.inv(curvature.hessian)
+    inverse = np.asarray(np.linalg.inv(curvature.hessian), np.float64)
+    return curvature, inverse
 
 
 def _damps(damp: float) -> Iterator[float]:
@@ -359,7 +361,7 @@ class _State:
 
     def _has_drifted(self) -> bool:
         hessian = self.curvature.hessian[np.ix_(self._columns, self._columns)]
-        return len(hessian) > 0 and _drift(self._inverse, hessian) > _DRIFT
+        return bool(len(hessian)) and _drift(self._inverse, hessian) > _DRIFT
 
     def _refresh(self) -> None:
         """G and N from the columns that are left, W by solving for it."""
