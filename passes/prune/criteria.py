@@ -47,11 +47,12 @@ def _squared_norms(model: ir.Model, member: Member) -> Doubles:
 
 def wanda(consumers: Sequence[ObservedConsumer]) -> Doubles:
     """[structures]: norms of columns, weighted by those of their inputs."""
-    return np.sum([_weighted_norms(consumer) for consumer in consumers], axis=0)
+    scores: Doubles = np.sum([_weighted_norms(consumer) for consumer in consumers], axis=0)
+    return scores
 
 
 def _weighted_norms(consumer: ObservedConsumer) -> Doubles:
     second_moments = np.diag(consumer.covariance) + consumer.mean**2
-    columns = np.square(consumer.weight).sum(axis=0) * second_moments
-    norms: Doubles = np.sum(columns[consumer.layer.columns], axis=1) / consumer.energy
+    columns: Doubles = np.square(consumer.weight).sum(axis=0) * second_moments / consumer.energy
+    norms: Doubles = columns[consumer.layer.columns].sum(axis=1)
     return norms

@@ -279,7 +279,8 @@ class _State:
     """
 
     def __init__(self, consumer: Consumer, damp: float) -> None:
-        structures, self._width = consumer.structures.shape
+        structures = len(consumer.structures)
+        self._width = int(consumer.structures.shape[1])
         weight, covariance = consumer.selected(np.arange(structures))
         self.curvature, self._inverse = _invertible(covariance, damp)
         # Inputs that never varied cost nothing.
@@ -361,13 +362,13 @@ class _State:
 
     def _has_drifted(self) -> bool:
         hessian = self.curvature.hessian[np.ix_(self._columns, self._columns)]
-        return bool(len(hessian)) and _drift(self._inverse, hessian) > _DRIFT
+        return len(hessian) > 0 and _drift(self._inverse, hessian) > _DRIFT
 
     def _refresh(self) -> None:
         """G and N from the columns that are left, W by solving for it."""
         kept, hessian = self._columns, self.curvature.hessian
         gone = np.setdiff1d(np.arange(len(hessian)), kept)
-        self._inverse = np.linalg.inv(hessian[np.ix_(kept, kept)])
+        self._inverse = np.asarray(np.linalg.inv(hessian[np.ix_(kept, kept)]), np.float64)
         from_gone = self._weight[:, gone] @ hessian[np.ix_(gone, kept)]
         weight = self._weight[:, kept] + from_gone @ self._inverse
         self._gram = weight.T @ weight
