@@ -7,7 +7,7 @@ the change is KL(softmax(dense) ‖ softmax(changed)), the mean over tokens in n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ class WeightSensitivity:
 
     Args:
         model: not changed; its tensors are shared.
-        weights: names of the initializers that will be replaced, float32 or float16.
+        weights: names of the initializers that will be replaced. Where the value's shape says less than its
+            constant's, arrays of other sizes may take its place.
         samples: complete feeds, one small batch each.
 
     Raises:
@@ -63,12 +64,22 @@ class WeightSensitivity:
             return InputError(f"weight {broken[0]!r} holds NaN or infinity", hint="export the model again")
         return InputError("the model's outputs on the calibration data are not finite")
 
-    def loss(self, changed: Mapping[str, Array]) -> float:
-        """The change of the outputs when ``changed`` weights replace their own; infinite if not finite."""
+    def loss(self, changed: Mapping[str, Array], samples: Sequence[Feeds] | None = None) -> float:
+        """The change of the outputs when ``changed`` weights replace their own; infinite if not finite.
+
+        Args:
+            changed: new weights by name.
+            samples: the same samples for the changed model, where it needs other feeds, such as caches of
+                fewer heads.
+        """
+        return self.change(self._run(feeds, changed) for feeds in samples or self._samples)
+
+    def change(self, outputs: Iterable[Mapping[str, Array]]) -> float:
+        """How far these outputs on the samples, by name, are from the dense ones; infinite if not finite."""
         total: dict[str, list[tuple[float, float]]] = {name: [] for name in self._outputs}
-        for feeds, reference in zip(self._samples, self._reference, strict=True):
-            for name, array in self._run(feeds, changed).items():
-                rows = _kept_rows(array, feeds, len(self._samples))
+        for feeds, reference, found in zip(self._samples, self._reference, outputs, strict=True):
+            for name in self._outputs:
+                rows = _kept_rows(found[name], feeds, len(self._samples))
                 measure = _divergence if name == LOGITS else _squared_error
                 total[name].append(measure(rows, reference[name]))
         ratios = [_ratio(pairs) for pairs in total.values()]
