@@ -7,7 +7,6 @@ that was interrupted walks the same way again at no cost.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +58,7 @@ class Candidates:
         self._model, self._units, self._database, self._ctx = model, units, database, ctx
         self._stitched = StitchedModel(model, structure, [unit.group for unit in units], samples)
         self._evaluations = evaluations
+        self._start: Doubles | None = None
         self._losses = Memory(memory, database.key)
         self.errors = [
             np.array([level.error for level in database.levels(unit.name)], np.float64) for unit in units
@@ -66,6 +66,8 @@ class Candidates:
 
     def find(self, costs: Sequence[Doubles], budget: float) -> Found | None:
         """The best candidate whose costs, [levels] of each unit, add up to no more than the budget."""
+        if self._start is None:
+            self._start = self._sensitivities()
         found = search(
             self.errors,
             costs,
@@ -73,13 +75,15 @@ class Candidates:
             self.loss,
             evaluations=self._evaluations,
             rng=self._ctx.rng,
-            start=self._sensitivities,
+            start=self._start,
             progress=self._ctx.progress,
         )
         self._losses.write()
+        if found is not None:
+            # What matters for one budget matters for the next, which is a little or a step away.
+            self._start = found.coefficients
         return found
 
-    @functools.cached_property
     def _sensitivities(self) -> Doubles:
         """[units]: the loss when one unit alone is pruned by half, over its own error at that level."""
         measured = np.ones(len(self._units))
