@@ -260,8 +260,8 @@ def _inverse(hessian: Doubles) -> Doubles | None:
     triangle, failed = lapack.dpotri(factor, lower=1, overwrite_c=1)
     if failed:
         return None
-    inverse = np.tril(triangle)
-    inverse += np.tril(triangle, -1).T
+    inverse = triangle + triangle.T
+    inverse[np.diag_indices_from(inverse)] /= 2
     return inverse if _drift(inverse, hessian) < _DRIFT / 10 else None
 
 
@@ -286,6 +286,7 @@ class _State:
         # Inputs that never varied cost nothing.
         self._weight = np.where(self.curvature.dead, 0.0, weight) / np.sqrt(consumer.energy)
         self._columns = np.arange(structures * self._width)
+        self._identity = np.eye(self._width)
         self._gram = self._weight.T @ self._weight
         self._reset()
 
@@ -332,7 +333,7 @@ class _State:
         self._waiting += width
         self._downdate_blocks(g, n)
         # What is gone must not divide by zero in a score.
-        self._inverse_blocks[index], self._gram_blocks[index] = np.eye(width), 0.0
+        self._inverse_blocks[index], self._gram_blocks[index] = self._identity, 0.0
 
     def _downdate_blocks(self, x: Doubles, u: Doubles) -> None:
         if self._width == 1:
@@ -355,9 +356,7 @@ class _State:
             self._refresh()
         else:
             self._gram = self._gram[np.ix_(local, local)]
-            cross = u.T @ x
-            self._gram -= cross
-            self._gram -= cross.T
+            self._gram -= np.concatenate([u, x]).T @ np.concatenate([x, u])
         self._reset()
 
     def _has_drifted(self) -> bool:
