@@ -48,7 +48,7 @@ def deployment_feeds(
             feeds[name] = np.ones_like(array)
         elif "position" in name and array.ndim:
             positions = np.arange(array.shape[-1], dtype=array.dtype)
-            feeds[name] = np.ascontiguousarray(np.broadcast_to(positions, array.shape))
+            feeds[name] = np.array(np.broadcast_to(positions, array.shape))
     return feeds
 
 
@@ -104,4 +104,4 @@ def _resized(array: Array, lengths: Mapping[int, int]) -> Array:
     for axis, length in lengths.items():
         if array.shape[axis] != length:
             array = np.take(array, np.arange(length) % max(array.shape[axis], 1), axis)
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")

@@ -146,7 +146,7 @@ def _captured(model: ir.Model, names: Sequence[str], feeds: Feeds) -> dict[str, 
 
 
 def _piece(model: ir.Model, graph: ir.Graph, arrays: Feeds) -> Piece:
-    own = {str(value.name): np.ascontiguousarray(arrays[str(value.name)]) for value in graph.inputs}
+    own = {str(value.name): np.asarray(arrays[str(value.name)], order="C") for value in graph.inputs}
     for value in graph.inputs:
         array = own[str(value.name)]
         if value.dtype is None:
@@ -164,7 +164,7 @@ def _fitted(value: ir.Value, array: Array) -> Array:
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int) and dim < array.shape[axis]:
             array = array.take(range(dim), axis)
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def _graph_key(graph: ir.Graph, numbers: dict[ir.Value, int]) -> list[object]:

@@ -78,7 +78,7 @@ class Session:
         check_feeds(self.inputs, feeds)
         values = {
             argument.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.ascontiguousarray(feeds[argument.name])
+                np.asarray(feeds[argument.name], order="C")
             )
             for argument in self.inputs
         }
@@ -108,7 +108,7 @@ class _Repeatable:
     def __init__(self, session: onnxruntime.InferenceSession, arrays: Mapping[str, Array]) -> None:
         # onnxruntime writes into the memory of these arrays and holds no reference to them.
         self._values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
             for name, array in arrays.items()
         }
         self._run = session.run_with_iobinding

@@ -92,3 +92,25 @@ def test_missing_input():
 def test_an_op_that_onnxruntime_lacks():
     with pytest.raises(TargetError, match=r"onnxruntime .* cannot load the model.*— `planish inspect`"):
         Session(linear_model("NoSuchOp"))
+
+
+def test_repeatable_runs_into_the_same_buffers():
+    session = Session(linear_model())
+    inputs = feeds()
+    call = session.repeatable(inputs)
+    outputs = {name: call._values[name].numpy() for name in session.output_names}
+    expected = session.run(inputs)["y"]
+    inputs["x"][:] = 2 * inputs["x"]  # inputs are read in place
+    call()
+    # Twice a float32 is exact, so is every product and sum of it.
+    np.testing.assert_array_equal(call._values["y"].numpy(), 2 * expected)
+    assert call._values["y"].numpy().ctypes.data == outputs["y"].ctypes.data
+
+
+def test_scalar_inputs():
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+        g (float[n] x, float factor) => (float[n] y) { y = Mul(x, factor) }"""
+    session = Session(ir.from_proto(onnx.parser.parse_model(text)))
+    inputs = {"x": np.ones(3, np.float32), "factor": np.array(2, np.float32)}
+    np.testing.assert_array_equal(session.run(inputs)["y"], [2, 2, 2])
+    session.repeatable(inputs)()

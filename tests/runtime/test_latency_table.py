@@ -1,0 +1,413 @@
+"""Latency tables with an injected clock: what is timed, taken off, cached and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import planish
+import pytest
+from planish.codegen.onnxruntime_cpu.target import OnnxruntimeCpu
+from planish.codegen.portable import Portable
+from planish.ir.errors import InputError
+from planish.ir.structure import discover
+from planish.runtime import latency_bench, latency_cache
+from planish.runtime.latency_bench import RUNTIME, median_seconds, target_text
+from planish.runtime.latency_table import LatencyTable, measure_latency_table
+
+TARGET = Portable()
+SECONDS = {"one": {8: 0.004, 4: 0.003, 0: 0.0}, "two": {8: 0.004, 4: 0.003, 0: 0.0}, "three": {6: 0.002}}
+
+
+def residual_model(widths: tuple[int, ...] = (8, 8)) -> ir.Model:
+    """x + Relu(x·U)·D, once for each width."""
+    lines, previous = [], "x"
+    for index in range(len(widths)):
+        lines.append(
+            f"h{index} = MatMul({previous}, up{index}) r{index} = Relu(h{index}) "
+            f"d{index} = MatMul(r{index}, down{index}) s{index} = Add({previous}, d{index})"
+        )
+        previous = f"s{index}"
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+        g (float[n, 4] x) => (float[n, 4] y) {{ {" ".join(lines)} y = Neg({previous}) }}"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for index, width in enumerate(widths):
+        for name, shape in ((f"up{index}", (4, width)), (f"down{index}", (width, 4))):
+            array = rng.standard_normal(shape).astype(np.float32)
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = planish.ir.load(proto)
+    planish.ir.infer_shapes(model)
+    return model
+
+
+class Clock:
+    """A timer by which a call takes the seconds that are given, and that writes down what it was asked."""
+
+    def __init__(self, seconds=None):
+        self.asked: list[list[str]] = []
+        self._seconds = seconds or {}
+
+    def __call__(self, runs):
+        self.asked.append(list(runs))
+        for run in runs.values():
+            run()
+        return {name: self._seconds.get(name, 1.0) for name in runs}
+
+
+def nothing(model: ir.Model) -> None:
+    """No pass comes after pruning."""
+
+
+def measure(model, clock, *, levels=None, target=TARGET, prepare=nothing, structure=None):
+    structure = structure or discover(model)
+    return measure_latency_table(
+        model,
+        structure,
+        levels or {group.name: [8, 4, 0] for group in structure.groups if group.kind == "ffn"},
+        target=target,
+        feeds={"x": np.ones((3, 4), np.float32)},
+        batch=3,
+        sequence=1,
+        deployed_with="",
+        prepare=prepare,
+        timer=clock,
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "latency"
+
+
+def ffn_names(model):
+    return [group.name for group in discover(model).groups if group.kind == "ffn"]
+
+
+# Measuring
+
+
+def test_the_price_of_a_call_is_taken_off_and_a_dropped_module_is_free():
+    model = residual_model()
+    clock = Clock({"8": 0.010, "4": 0.006, "overhead": 0.002, "dense": 0.5})
+    table = measure(model, clock)
+    assert len(table.seconds) == 2
+    for row in table.seconds.values():
+        # Differences of two floats: one rounding of numbers of this size.
+        assert row == {8: pytest.approx(0.008, abs=1e-15), 4: pytest.approx(0.004, abs=1e-15), 0: 0.0}
+    assert table.total == 0.5
+    assert (table.batch, table.sequence, table.runtime) == (3, 1, RUNTIME)
+
+
+def test_a_call_that_is_all_overhead_does_not_go_below_zero():
+    table = measure(residual_model(), Clock({"8": 0.001, "4": 0.003, "overhead": 0.002}))
+    assert {row[8] for row in table.seconds.values()} == {0.0}
+
+
+def test_levels_are_timed_together_and_alike_pieces_once():
+    clock = Clock()
+    measure(residual_model((8, 8, 8)), clock)
+    assert clock.asked == [["8", "4", "overhead"], ["dense"]]
+
+
+def test_pieces_of_other_sizes_are_timed_for_themselves():
+    clock = Clock()
+    model = residual_model((8, 12))
+    first, second = ffn_names(model)
+    measure(model, clock, levels={first: [8, 4], second: [12, 5]})
+    assert clock.asked == [["8", "4", "overhead"], ["12", "5", "overhead"], ["dense"]]
+
+
+def test_a_level_that_is_another_piece_s_level_is_timed_once():
+    clock = Clock()
+    model = residual_model((8, 12))
+    first, second = ffn_names(model)
+    measure(model, clock, levels={first: [8, 4], second: [12, 8, 4]})
+    assert clock.asked == [["8", "4", "overhead"], ["12", "overhead"], ["dense"]]
+
+
+def test_the_dense_level_is_always_there():
+    model = residual_model()
+    table = measure(model, Clock(), levels={name: [2] for name in ffn_names(model)})
+    assert [list(row) for row in table.seconds.values()] == [[8, 2], [8, 2]]
+
+
+def test_what_was_timed_is_read_from_the_cache():
+    measure(residual_model(), Clock({"8": 0.010, "4": 0.006, "overhead": 0.002}))
+    clock = Clock()
+    again = measure(residual_model(), clock)
+    assert clock.asked == [["dense"]]
+    assert next(iter(again.seconds.values()))[4] == pytest.approx(0.004, abs=1e-15)
+    more = Clock()
+    model = residual_model()
+    measure(model, more, levels={name: [8, 4, 3] for name in ffn_names(model)})
+    assert more.asked == [["3", "overhead"], ["dense"]]
+
+
+def test_another_target_or_other_passes_are_timed_anew():
+    measure(residual_model(), Clock())
+    other = Clock()
+    measure(residual_model(), other, target=OnnxruntimeCpu(threads=1))
+    assert ["8", "4", "overhead"] in other.asked
+
+    def square(model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type == "Relu":
+                node.op_type = "Sigmoid"
+
+    changed = Clock()
+    measure(residual_model(), changed, prepare=square)
+    assert ["8", "4", "overhead"] in changed.asked
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": 1}', '{"key": {}, "seconds": 1.0}'])
+def test_damaged_cache_entries_are_measured_again(cache, content):
+    measure(residual_model(), Clock())
+    entries = list(cache.iterdir())
+    assert len(entries) == 2
+    for entry in entries:
+        entry.write_text(content)
+    clock = Clock()
+    measure(residual_model(), clock)
+    assert ["8", "4", "overhead"] in clock.asked
+
+
+@pytest.mark.parametrize("seconds", ["-1.0", "NaN"])
+def test_impossible_cached_times_are_measured_again(cache, seconds):
+    measure(residual_model(), Clock())
+    for entry in cache.iterdir():
+        known = json.loads(entry.read_text())
+        entry.write_text(json.dumps({**known, "seconds": float(seconds)}))
+    clock = Clock()
+    measure(residual_model(), clock)
+    assert ["8", "4", "overhead"] in clock.asked
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path / "file"))
+    assert measure(residual_model(), Clock()).total == 1.0
+
+
+def test_only_so_many_weights_are_open_at_a_time(monkeypatch):
+    monkeypatch.setattr(latency_bench, "_MOST_WEIGHT_BYTES", 1)
+    clock = Clock()
+    measure(residual_model(), clock)
+    assert clock.asked == [["8", "overhead"], ["4", "overhead"], ["dense"]]
+
+
+def test_the_model_is_not_changed():
+    model = residual_model()
+    before = planish.ir.format_model(model)
+    measure(model, Clock())
+    assert planish.ir.format_model(model) == before
+
+
+def test_progress_is_over_distinct_pieces():
+    seen = []
+
+    def progress(items, description):
+        seen.append((len(items), description))
+        return iter(items)
+
+    model = residual_model((8, 8, 12))
+    structure = discover(model)
+    measure_latency_table(
+        model,
+        structure,
+        {name: [4] for name in ffn_names(model)},
+        target=TARGET,
+        feeds={"x": np.ones((3, 4), np.float32)},
+        batch=3,
+        sequence=1,
+        deployed_with="",
+        prepare=nothing,
+        progress=progress,
+        timer=Clock(),
+    )
+    assert seen == [(2, "time pieces of the model")]
+
+
+@pytest.mark.parametrize("count", [-1, 9])
+def test_impossible_levels_are_refused(count):
+    model = residual_model()
+    name = ffn_names(model)[0]
+    with pytest.raises(InputError, match=f"{count} structures of group '{name}' cannot be kept, it has 8"):
+        measure(model, Clock(), levels={name: [count]})
+
+
+def test_level_zero_needs_a_module_that_goes():
+    model = residual_model()
+    structure = discover(model)
+    name = ffn_names(model)[0]
+    bare = dataclasses.replace(structure, modules=())
+    with pytest.raises(InputError, match="has no residual module to itself"):
+        measure(model, Clock(), levels={name: [8, 0]}, structure=bare)
+    clock = Clock()
+    measure(model, clock, levels={name: [8, 4]}, structure=bare)
+    assert ["8", "4", "overhead"] in clock.asked
+
+
+def test_unknown_groups_are_refused():
+    with pytest.raises(InputError, match="no channel group is named 'mlp'"):
+        measure(residual_model(), Clock(), levels={"mlp": [4]})
+
+
+def test_median_seconds_times_every_run():
+    calls = {"a": 0, "b": 0}
+
+    def counted(name):
+        def run():
+            calls[name] += 1
+
+        return run
+
+    seconds = median_seconds({name: counted(name) for name in calls})
+    assert set(seconds) == {"a", "b"}
+    # The timed calls are as many for both, and at least the fewest samples that a median is taken of.
+    assert calls["a"] == calls["b"] >= latency_bench._FEWEST_REPEATS
+
+
+# Tables
+
+
+def make_table(**changes) -> LatencyTable:
+    fields = {
+        "target": target_text(TARGET),
+        "machine": planish.codegen.machine.fingerprint(),
+        "runtime": RUNTIME,
+        "threads": None,
+        "batch": 1,
+        "sequence": 128,
+        "deployed_with": "fuse",
+        "total": 0.02,
+        "seconds": SECONDS,
+    }
+    return LatencyTable(**{**fields, **changes})
+
+
+CHECKED = {"target": TARGET, "batch": 1, "sequence": 128, "deployed_with": "fuse", "levels": {"one": [8, 0]}}
+
+
+def test_saved_and_loaded(tmp_path):
+    table = make_table()
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_saving_replaces_the_file_or_leaves_it_alone(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    make_table().save(path)
+    before = path.read_text()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latency_cache.json, "dump", fail)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        make_table(batch=2).save(path)
+    assert path.read_text() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json: cannot be read: No such file"):
+        LatencyTable.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        make_table().save(tmp_path / "none" / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(planish_latency_table=0), "does not begin with"),
+        (lambda content: content.pop("total"), "expected the fields"),
+        (lambda content: content.update(more=1), "expected the fields"),
+        (lambda content: content.update(batch="1"), "batch is '1'"),
+        (lambda content: content.update(batch=True), "batch is True"),
+        (lambda content: content.update(total=float("nan")), "finite numbers"),
+        (lambda content: content["seconds"].update(one={}), "every group needs one"),
+        (lambda content: content["seconds"].update(one={"8": -1.0}), "finite numbers"),
+        (lambda content: content["seconds"].update(one={"many": 1.0}), "seconds: invalid literal"),
+        (lambda content: content["seconds"].update(one={"8": None}), "seconds: float"),
+        (lambda content: content["seconds"].update(one=[1.0]), "seconds: 'list'"),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path, change, message):
+    path = tmp_path / "table.json"
+    make_table().save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        LatencyTable.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"planish_latency_table": 1', "\udcff"])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "table.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"table\.json: not a latency table of this version"):
+        LatencyTable.load(path)
+
+
+def test_a_fitting_table_is_accepted():
+    make_table().check(**CHECKED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("machine", "a laptop", "machine 'a laptop' instead of"),
+        ("target", "Other()", r"target 'Other\(\)' instead of 'Portable\(\)'"),
+        ("runtime", "onnxruntime 0.1", "runtime 'onnxruntime 0.1' instead of"),
+        ("threads", 7, "threads 7 instead of None"),
+        ("batch", 8, "batch 8 instead of 1"),
+        ("sequence", 64, "sequence 64 instead of 128"),
+        ("deployed_with", "", "deployed_with '' instead of 'fuse'"),
+    ],
+)
+def test_tables_for_something_else_are_refused_unless_forced(field, value, message):
+    table = make_table(**{field: value})
+    with pytest.raises(InputError, match=message) as refusal:
+        table.check(**CHECKED)
+    assert "force" in str(refusal.value)
+    table.check(**CHECKED, force=True)
+
+
+def test_all_differences_are_named():
+    with pytest.raises(InputError, match="batch 2 instead of 1, sequence 3 instead of 128"):
+        make_table(batch=2, sequence=3).check(**CHECKED)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ({"one": [8, 5, 4, 0]}, r"lacks group 'one' with 5 structures kept —"),
+        ({"one": [8, 6, 5, 4]}, "'one' with 6 structures kept and 1 more levels"),
+        ({"four": [8]}, "lacks group 'four' with 8 structures kept"),
+    ],
+)
+def test_levels_must_be_there(levels, message, force):
+    with pytest.raises(InputError, match=message):
+        make_table().check(**{**CHECKED, "levels": levels}, force=force)
+
+
+def test_printed():
+    text = str(make_table())
+    assert "one (and 1 alike)" in text
+    assert "20.00 ms in all, 10.00 ms in 3 groups" in " ".join(text.split())
+    rows = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    assert "4 3.0000 75.0% 1.33x" in rows
+    assert "dropped 0.0000 0.0%" in rows
+    assert "three 6 2.0000 100.0% 1.00x" in rows
+
+
+def test_names_are_no_markup():
+    assert "layers[0]" in str(make_table(seconds={"layers[0]": {4: 0.001}}))
