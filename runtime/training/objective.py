@@ -36,7 +36,8 @@ class Objective:
 
     Args:
         student: the model that is trained.
-        teacher: what it should do as; not looked at where no loss compares.
+        teacher: what it should do as. Whether the model is a decoder is asked of it, since a student may
+            have lost all attention.
         losses: which losses, with which weights.
         data: what it is trained on: its first batch says whether there are labels, and of which kind.
 
@@ -62,14 +63,14 @@ class Objective:
                 hint="give the loss logits or task a weight",
             )
         if losses.task:
-            self._check_task(student, data)
+            self._check_task(teacher, data)
 
-    def _check_task(self, student: ir.Model, data: Sequence[Feeds]) -> None:
+    def _check_task(self, teacher: ir.Model, data: Sequence[Feeds]) -> None:
         if len(self.outputs) != 1:
             raise InputError(f"training: the task's loss needs one float output, found {list(self.outputs)}")
         labelled = [feeds for feeds in data if LABELS in feeds]
         if not labelled:
-            if not _predicts_next_token(student, self.outputs):
+            if not _predicts_next_token(teacher, self.outputs):
                 raise InputError(
                     "training: the task's loss needs labels, which the training data does not have",
                     hint="only a decoder from 'input_ids' to 'logits' is its own task",

@@ -301,7 +301,8 @@ def write_back(model: ir.Model, parameters: dict[str, torch.nn.Parameter]) -> No
         value = model.graph.initializers[name]
         before = value.const_value
         assert before is not None
-        array = parameters.pop(name).detach().numpy().astype(before.dtype.numpy())
+        with np.errstate(over="ignore"):  # said below
+            array = parameters.pop(name).detach().numpy().astype(before.dtype.numpy())
         if not np.isfinite(array).all():
             raise PassError(
                 f"training: {name!r} is not finite as {before.dtype.name}", hint="lower the learning rate"
