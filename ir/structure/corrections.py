@@ -91,18 +91,18 @@ def _split_to_sequence(node: ir.Node, kept: Kept) -> None:
 
 
 def _slice(node: ir.Node, kept: Kept) -> None:
-    source, target = node.inputs[0], node.outputs[0]
+    source = node.inputs[0]
     cuts = slice_cuts(node)
-    assert source is not None
-    assert cuts is not None
-    if not any(axis in kept.axes(source) for axis in cuts):
+    starts, ends = constant_integers(node.inputs[1]), constant_integers(node.inputs[2])
+    if source is None or cuts is None or starts is None or ends is None:
         return
-    starts, ends = [], []
-    for axis, (start, _) in cuts.items():
-        indices = kept.axes(source).get(axis)
-        first = start if indices is None else int(np.searchsorted(indices, start))
-        starts.append(first)
-        ends.append(first + _size(target, axis, kept))
+    shrinks = kept.axes(source)
+    if not any(axis in shrinks for axis in cuts):
+        return
+    for position, (axis, (start, _)) in enumerate(cuts.items()):
+        if axis in shrinks:
+            starts[position] = int(np.searchsorted(shrinks[axis], start))
+            ends[position] = starts[position] + _size(node.outputs[0], axis, kept)
     node.resize_inputs(5)
     for position, entries in enumerate((starts, ends, list(cuts), [step for _, step in cuts.values()])):
         node.replace_input_with(position + 1, shape_constant(node, entries))

@@ -20,7 +20,7 @@ from .dimensions import Dimensions, relate
 from .facts import Dimension, Pin
 from .groups import ChannelGroup, GroupKind, Indices, Member, Role, Structure, Unprunable
 from .modules import residual_modules
-from .names import group_names
+from .names import group_names, module_path
 
 _PRODUCER_AND_CONSUMER = frozenset({"producer", "consumer"})
 
@@ -47,9 +47,12 @@ def discover(model: ir.Model) -> Structure:
             unprunable.append(Unprunable(name, part.reason))
             continue
         outputs = tuple(node.outputs[0].name or "" for node in touched)
-        first = position[touched[0]] if touched else 0
+        # The width of the residual stream comes last: it touches nearly everything.
+        first = len(position) if kind == "hidden" else position[touched[0]]
         group = ChannelGroup(name, kind, len(part.labels), part.members, outputs)
         groups.append((first, group))
+    if not groups and not unprunable:
+        unprunable = _why_nothing(dimensions, weights)
     ordered = tuple(group for _, group in sorted(groups, key=lambda pair: pair[0]))
     modules = residual_modules(model, ordered)
     return Structure(ordered, modules, tuple(unprunable), dimensions.graph)
@@ -153,6 +156,17 @@ def _members(
 
 def _reason(dimensions: Dimensions, pins: Sequence[tuple[Dimension, Pin]], labels: Indices) -> str:
     return next(pin.reason for axis, pin in pins if np.isin(dimensions.labels_of(axis), labels).any())
+
+
+def _why_nothing(dimensions: Dimensions, weights: set[str]) -> list[Unprunable]:
+    """Where no channels lie between two weights: what holds the axes of the weights, each reason once."""
+    reasons: dict[str, str] = {}
+    for component in networkx.connected_components(dimensions.graph):
+        tensor = next((name for name, _ in component if name in weights), None)
+        for dimension in component if tensor is not None else ():
+            for pin in dimensions.graph.nodes[dimension]["pins"]:
+                reasons.setdefault(pin.reason, module_path(tensor or ""))
+    return [Unprunable(name, reason) for reason, name in reasons.items()]
 
 
 def _nodes_by_group(graph: ir.Graph, found: Sequence[_Found]) -> list[list[ir.Node]]:

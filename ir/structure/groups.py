@@ -114,7 +114,7 @@ class Structure:
     """What can be pruned from a model, what cannot, and why.
 
     Attributes:
-        groups: the channel groups, in the graph's order.
+        groups: the channel groups, in the graph's order, and last the width of the residual stream.
         modules: the residual modules, in the graph's order.
         unprunable: what must stay.
         graph: the relations between dimensions. A node is (name of an initializer or value, axis), with its

@@ -2,10 +2,13 @@
 
 A Reshape that splits an axis, [384] → [12, 32], makes structures of the *major* axis: index i of 384 goes
 with i // 32 of 12, and the 32 stay. Merging axes, [C, H, W] → [C·H·W], is the same the other way round.
+Where single indices are taken of the major axis, as queries, keys and values of [3, 12, 32], the next one
+carries the structure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -65,13 +68,29 @@ def _matched(
 def _split(
     whole: ir.Value, axis: int, parts: ir.Value, part_axes: list[int], node: ir.Node
 ) -> Iterator[Fact]:
-    """An axis seen as several: the major one carries its structure."""
-    total, major = width(whole, axis), width(parts, part_axes[0])
-    if total is None or major is None:
+    """An axis seen as several: the first one that is not taken apart carries its structure."""
+    carrier = next((part for part in part_axes if not _is_taken_apart(parts, part)), part_axes[0])
+    inner = math.prod(static_dim(parts, part) or 1 for part in part_axes if part > carrier)
+    total, carried = width(whole, axis), width(parts, carrier)
+    if total is None or carried is None:
         return
     every = np.arange(total)
-    yield pairs(whole, axis, every, parts, part_axes[0], every // (total // major))
-    yield from pin(parts, part_axes[1:], f"{label(node)} lays it inside another axis")
+    yield pairs(whole, axis, every, parts, carrier, every // inner % carried)
+    others = [part for part in part_axes if part != carrier]
+    yield from pin(parts, others, f"{label(node)} lays it inside another axis")
+
+
+def _is_taken_apart(value: ir.Value, axis: int) -> bool:
+    """Whether readers take single indices of an axis, as of the 3 in [3, heads, size]."""
+    return any(_takes_apart(reader.node, value, axis) for reader in value.uses())
+
+
+def _takes_apart(node: ir.Node, value: ir.Value, axis: int) -> bool:
+    if node.op_type == "Transpose":
+        return _is_taken_apart(node.outputs[0], _permutation(node).index(axis))
+    if node.op_type == "Gather":
+        return (integer(node, "axis") or 0) % rank(value) == axis
+    return node.op_type in ("Slice", "Split") and static_dim(node.outputs[0], axis) == 1
 
 
 def _sizes(value: ir.Value) -> list[Size]:
@@ -125,9 +144,14 @@ def transpose(node: ir.Node) -> Iterator[Fact]:
     """The axes change places."""
     source, target = node.inputs[0], node.outputs[0]
     assert source is not None
-    permutation = integers(node, "perm") or list(reversed(range(rank(source))))
-    for position, axis in enumerate(permutation):
+    for position, axis in enumerate(_permutation(node)):
         yield from same(source, axis, target, position)
+
+
+def _permutation(node: ir.Node) -> list[int]:
+    source = node.inputs[0]
+    assert source is not None
+    return integers(node, "perm") or list(reversed(range(rank(source))))
 
 
 def concat(node: ir.Node) -> Iterator[Fact]:
@@ -175,9 +199,9 @@ def split_to_sequence(node: ir.Node) -> Iterator[Fact]:
     source, axis = node.inputs[0], integer(node, "axis") or 0
     if part_sizes(node) is None:
         yield from pin(source, [axis], f"{label(node)} computes where it cuts")
-    for use_of_it in node.outputs[0].uses():
-        if part_number(use_of_it.node) is None:
-            yield from pin_all([source], f"{label(node)} makes a sequence that {label(use_of_it.node)} reads")
+    for reader in node.outputs[0].uses():
+        if part_number(reader.node) is None:
+            yield from pin_all([source], f"{label(node)} makes a sequence that {label(reader.node)} reads")
 
 
 def sequence_at(node: ir.Node) -> Iterator[Fact]:
@@ -323,3 +347,20 @@ def gather(node: ir.Node) -> Iterator[Fact]:
             position = other if other < axis else other + rank(indices) - 1
             yield from same(table, other, target, position)
             yield from use(table, other, "producer")
+
+
+def gather_nd(node: ir.Node) -> Iterator[Fact]:
+    """Rows are looked up by several indices: the axes that those run along stay."""
+    table, indices, target = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert table is not None
+    assert indices is not None
+    depth = static_dim(indices, -1)
+    if integer(node, "batch_dims") or depth is None:
+        yield from pin_all([table, target], f"{label(node)} looks it up batch by batch")
+        return
+    yield from pin(table, range(depth), f"{label(node)} looks it up by index")
+    for position in range(rank(indices) - 1):
+        yield from same(indices, position, target, position)
+    for other in range(depth, rank(table)):
+        yield from same(table, other, target, other - depth + rank(indices) - 1)
+        yield from use(table, other, "producer")

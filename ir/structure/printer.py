@@ -11,6 +11,8 @@ from rich.table import Table
 from .groups import ChannelGroup, Indices, Member, Structure
 
 _WIDTH = 160
+_MOST_ROWS = 12
+"""Members that are shown of a group."""
 
 
 def format_structure(structure: Structure) -> str:
@@ -25,8 +27,8 @@ def format_structure(structure: Structure) -> str:
         console.print(_module_table(structure))
     for held in structure.unprunable:
         console.print(f"{held.name} stays: {held.reason}", markup=False)
-    if not structure.groups and not structure.modules and not structure.unprunable:
-        console.print("no channels lie between two weights, and there are no residual branches")
+    if not structure.groups and not structure.unprunable:
+        console.print("no channels lie between two weights")
     return output.getvalue().rstrip("\n")
 
 
@@ -35,9 +37,11 @@ def _group_table(structure: Structure) -> Table:
     for heading in ("group", "kind", "structures", "tensor", "axis", "role", "indices of each structure"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "structures" else "left")
     for group in structure.groups:
-        for row, member in enumerate(group.members):
+        for row, member in enumerate(group.members[:_MOST_ROWS]):
             first = (group.name, group.kind, str(group.structures)) if row == 0 else ("", "", "")
             table.add_row(*first, member.tensor, str(member.axis), member.role, _indices(group, member))
+        if len(group.members) > _MOST_ROWS:
+            table.add_row("", "", "", f"… {len(group.members) - _MOST_ROWS} more")
     return table
 
 

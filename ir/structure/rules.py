@@ -227,7 +227,7 @@ def rotary_embedding(node: ir.Node) -> Iterator[Fact]:
         yield from together(target, 2, channels // heads)
     elif rank(source) == 4:
         yield from pin(source, [3], f"{label(node)} turns pairs of it")
-    yield from pin_all(node.inputs[1:4], f"{label(node)} turns all heads by it")
+    yield from pin_all(_tables(node), f"{label(node)} turns all heads by it")
 
 
 def attention(node: ir.Node) -> Iterator[Fact]:
@@ -254,8 +254,16 @@ def attention(node: ir.Node) -> Iterator[Fact]:
             yield from _heads(cache, 1, kv_heads, target, axis, repeated * per_head)
             yield from pin(cache, [3], f"{label(node)} works on whole heads")
     if axis == 1:
-        yield from pin_all_but(axis, [query, key, value, target], f"{label(node)} works on whole heads")
-    yield from _mask(node, target, axis, per_head, heads)
+        for operand in (query, key, value, target):
+            yield from pin(operand, (2, 3), f"{label(node)} works on whole heads")
+    for scores in (input_at(node, 3), *node.outputs[3:4]):
+        if (
+            scores is not None
+            and scores.shape is not None
+            and rank(scores) >= 3
+            and width(scores, -3) == heads
+        ):
+            yield from _heads(scores, rank(scores) - 3, heads, target, axis, per_head)
 
 
 def _heads(
@@ -266,18 +274,6 @@ def _heads(
     if size is not None and width(target, target_axis) is not None:
         every = np.arange(size)
         yield pairs(operand, axis, every, target, target_axis, every // (size // heads) * block)
-
-
-def _mask(node: ir.Node, target: ir.Value, axis: int, per_head: int, heads: int) -> Iterator[Fact]:
-    mask = input_at(node, 3)
-    if mask is not None and mask.shape is not None and rank(mask) >= 3 and width(mask, -3) == heads:
-        yield from _heads(mask, rank(mask) - 3, heads, target, axis, per_head)
-
-
-def pin_all_but(kept_axis: int, values: list[ir.Value], reason: str) -> Iterator[Fact]:
-    """Pin every axis but one and the batch."""
-    for value in values:
-        yield from pin(value, [axis for axis in range(1, rank(value)) if axis != kept_axis], reason)
 
 
 _ELEMENTWISE = (
@@ -306,6 +302,7 @@ RULES: dict[str, Rule] = {
     "Conv": convolution,
     "Expand": layout_rules.expand,
     "Gather": layout_rules.gather,
+    "GatherND": layout_rules.gather_nd,
     "Gemm": gemm,
     "GroupNormalization": group_norm,
     "InstanceNormalization": instance_norm,
@@ -325,6 +322,11 @@ RULES: dict[str, Rule] = {
 """The rule of every op of the standard domain that structured pruning understands."""
 
 
+def _tables(node: ir.Node) -> tuple[ir.Value | None, ...]:
+    """Operands that all heads share, so that their shapes do not matter."""
+    return tuple(node.inputs[1:4]) if node.op_type == "RotaryEmbedding" else ()
+
+
 def facts(node: ir.Node) -> Iterator[Fact]:
     """What the node says about the axes of the values that it touches."""
     values = (*node.inputs, *node.outputs)
@@ -338,7 +340,8 @@ def facts(node: ir.Node) -> Iterator[Fact]:
         domain = f"{node.domain}::" if node.domain else ""
         yield from pin_all(touched, f"no rule for op {domain}{node.op_type}")
         return
-    unknown = next((value for value in touched if value.shape is None), None)
+    needed = [value for value in touched if value not in _tables(node)]
+    unknown = next((value for value in needed if value.shape is None), None)
     if unknown is not None:
         yield from pin_all(touched, f"the shape of '{unknown.name}' is not known")
         return

@@ -143,14 +143,15 @@ def _cut(
     """Take what stays of an initializer's old or new data."""
     tensor = value.const_value
     assert tensor is not None
-    data = np.asarray(tensor.numpy() if new is None else new).astype(tensor.dtype.numpy(), copy=False)
+    data = np.asarray(tensor.numpy() if new is None else new)
     for axis, indices in axes.items():
         data = np.take(data, indices, axis=axis)
+    if new is not None and not np.isfinite(data).all():
+        raise InputError(f"shrink: new weight '{value.name}' holds NaN or infinity")
     if factor != 1.0:
-        data = (data.astype(np.float64) * factor).astype(data.dtype)
-    if new is None and data is tensor.numpy():
-        return
-    value.const_value = ir.Tensor(np.ascontiguousarray(data), dtype=tensor.dtype, name=value.name)
+        data = data.astype(np.float64) * factor
+    data = np.ascontiguousarray(data, tensor.dtype.numpy())
+    value.const_value = ir.Tensor(data, dtype=tensor.dtype, name=value.name)
     value.shape = ir.Shape(data.shape)
     release(tensor)
 
