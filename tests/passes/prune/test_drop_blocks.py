@@ -245,11 +245,12 @@ def test_unreachable_speedup_is_refused_with_the_fastest(products):
 
 
 def test_speedup_is_measured_on_a_real_target():
-    """That some speed-up is said: which one is the machine's affair; none at all would not be reached."""
+    """Which speed-up it is, is the machine's affair; that without any block it is more than 1 is not."""
     model = model_of(BODY, WEIGHTS)
-    _, dropped, ctx = drop_blocks(model, original=clone(model), speedup=1.0001, sequence=64, batch=2)
-    assert dropped
-    assert ctx.remarks[0].text.startswith("measured speed-up ")
+    _, _, ctx = drop_blocks(model, original=clone(model), speedup=1.0001, sequence=256, batch=2)
+    words = ctx.remarks[0].text.split()
+    assert words[:2] == ["measured", "speed-up"]
+    assert float(words[2]) >= 1.0
 
 
 def test_impossible_targets_are_refused():
@@ -317,7 +318,10 @@ def torch_llama():
         intermediate_size=24, max_position_embeddings=64,
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).eval()
+    embedding = llama.model.embed_tokens.weight
     with torch.no_grad():
+        # Words lie on a plane, which every block bends further: all but the useless ones add entropy.
+        embedding[:, 2:] = embedding[:, :2] @ torch.randn(2, 14)
         for parameter in llama.model.layers.parameters():
             parameter.mul_(10 if parameter.ndim == 2 else 1)  # so that blocks matter beside the embedding
         llama.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -339,10 +343,11 @@ def llama_data(model):
     return CalibrationData.read([{"input_ids": IDS}], model)
 
 
-def test_llama_greedy_drops_the_useless_blocks_first_and_generates_on(torch_llama, llama):
+@pytest.mark.parametrize("method", ["entropy", "greedy"])
+def test_llama_drops_the_useless_blocks_first_and_generates_on(method, torch_llama, llama):
     """One attention and one FFN are useless: the logits are those of torch, with the caches of the rest."""
     model = clone(llama)
-    _, dropped, _ = drop_blocks(model, llama_data(llama), method="greedy", count=2, protect=())
+    _, dropped, _ = drop_blocks(model, llama_data(llama), method=method, count=2)
     assert set(names(dropped)) == {"model.layers.1.self_attn", "model.layers.2.mlp"}
     caches = [value.name for value in model.graph.inputs if value.name.startswith("past")]
     assert caches == [f"past_key_values.{layer}.{part}" for layer in (0, 2) for part in ("key", "value")]
@@ -359,13 +364,6 @@ def test_llama_greedy_drops_the_useless_blocks_first_and_generates_on(torch_llam
     found = np.concatenate([first["logits"], second["logits"]], axis=1)
     tolerance = 1e-4 * np.abs(expected).max()  # three layers of float32 sums of at most 24 terms
     np.testing.assert_allclose(found, expected, atol=tolerance)
-
-
-def test_llama_entropy_drops_the_useless_ffn_first(llama):
-    model = clone(llama)
-    _, dropped, _ = drop_blocks(model, llama_data(llama), count=1, targets=("re:.*mlp",))
-    assert names(dropped) == ["model.layers.2.mlp"]
-    assert "entropy gain 0 nats" in dropped[0][1]
 
 
 def test_llama_layers_go_as_a_whole(llama):
@@ -394,10 +392,13 @@ def test_bert_drops_the_useless_blocks_first():
     example = {"input_ids": torch.from_numpy(IDS), "attention_mask": torch.ones(IDS.shape, dtype=torch.int64)}
     model = trace(bert, example)
     run_pipeline(model, Pipeline.of(Canonicalize()), target=TARGET)
+    useless = {f"encoder.layer.{path}.dense.weight" for path in ("0.attention.output", "1.output")}
+    assert useless <= set(model.graph.initializers)
     feeds = {name: value.numpy() for name, value in example.items()}
     expected = run_model(model, feeds)
     _, dropped, _ = drop_blocks(model, [feeds], method="greedy", count=2)
-    assert set(names(dropped)) == {"encoder.layer.0.attention", "encoder.layer.1"}
+    assert len(dropped) == 2
+    assert useless.isdisjoint(model.graph.initializers)
     found = run_model(model, feeds)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
