@@ -58,7 +58,7 @@ class TrainingPass(Pass):
     uses_original: ClassVar[bool] = True
 
     steps: int
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch: int = 8
     warmup: float = 0.1
     decay: Decay = "cosine"

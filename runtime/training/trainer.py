@@ -48,7 +48,7 @@ class Training:
     """
 
     steps: int
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch: int = 8
     warmup: float = 0.1
     decay: Decay = "cosine"
