@@ -1,10 +1,11 @@
 """From a speed-up that is asked for to a choice of levels that really has it.
 
-    predicted(s) = fixed + Σ_l t[l, s_l]        fixed = latency(model) − Σ_l t[l, dense]
+    minimise loss(s)   subject to   Σ_l t[l, s_l] ≤ B        with B such that latency(s) is the one asked for
 
-The table predicts; the end-to-end time decides. Where measured and predicted times differ, their ratio
-corrects the budget, and the search is repeated: first with shapes alone, which need no search, then with what
-the search found.
+The table t is of single pieces; the end-to-end latency decides. The two are measured together for the dense
+model, for the smallest one, and for some shapes between them, whose weights do not matter; B is interpolated
+between the two whose latencies enclose the one asked for. Then the search is run, its result measured, which
+gives one more such point, and as long as the latency is off, the search is repeated with a better B.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ Doubles = npt.NDArray[np.float64]
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 _SHAPE_ROUNDS = 2
-"""Corrections of the budget before the first search."""
-_SAFE_MARGIN = 1.25
-"""The table is off by less: a goal that it predicts with this margin need not be measured to be possible."""
+"""Shapes that are measured for each goal before the first search."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +87,7 @@ class TimeCosts:
         self._model, self._units = model, units
         self._deployment, self._ctx = deployment, ctx
         self._tolerance, self._corrections = tolerance, corrections
+        self._points: list[tuple[float, float]] = []
         self._memory = Memory(ctx.state_folder() / "times.json", self._key())
         dense = self._timing([0] * len(units), lambda: model)
         self.original = dense.original
@@ -108,13 +108,7 @@ class TimeCosts:
         self._seconds = [
             np.array([used.seconds[unit.name][count] for count in unit.counts]) for unit in units
         ]
-        self._fixed = dense.candidate - sum(float(times[0]) for times in self._seconds)
-        if self._fixed < 0:
-            ctx.remark(
-                "latency table",
-                f"the pieces take {dense.candidate - self._fixed:.3g} s alone, "
-                f"the whole model {dense.candidate:.3g} s",
-            )
+        self._note([0] * len(units), dense)
 
     def require_possible(self, speedup: float) -> None:
         """Refuse a goal that is not reached even by the fastest choice.
@@ -123,63 +117,62 @@ class TimeCosts:
             PassError: names the speed-up that can be reached.
         """
         fastest = [int(times.argmin()) for times in self._seconds]
-        if self.original / self._predicted(fastest) >= _SAFE_MARGIN * speedup:
-            return
         timing = self._timing(fastest, lambda: self._shaped(fastest))
-        if timing.speedup >= speedup:
-            return
-        raise PassError(
-            f"prune: a speed-up of {speedup:.4g} (a call in {timing.original / speedup * 1e3:.4g} ms) is out "
-            f"of reach: with everything removed that may go, the model is {timing.speedup:.4g} times as fast "
-            f"({timing.candidate * 1e3:.4g} ms)",
-            hint=f"ask for at most {timing.speedup:.3g}, or let more structures go",
-        )
+        self._note(fastest, timing)
+        if timing.speedup < speedup:
+            raise PassError(
+                f"prune: a speed-up of {speedup:.4g} (a call in {timing.original / speedup * 1e3:.4g} ms) is "
+                f"out of reach: with everything removed that may go, the model is {timing.speedup:.4g} times "
+                f"as fast ({timing.candidate * 1e3:.4g} ms)",
+                hint=f"ask for at most {timing.speedup:.3g}, or let more structures go",
+            )
 
     def reach(self, speedup: float, label: str, candidates: Candidates) -> Reached:
         """The best choice whose measured speed-up is the one asked for.
 
         Where no attempt comes within the tolerance, the nearest one is returned, and a remark says so.
         """
-        scale = self._first_scale(speedup, candidates)
+        for _ in range(_SHAPE_ROUNDS):
+            levels = solve(candidates.errors, self._seconds, self._budget(speedup))
+            assert levels is not None  # the budget is never below the fastest choice
+            self._note(levels, self._timing(levels, lambda: self._shaped(levels)))  # noqa: B023
         attempts: list[tuple[float, Reached]] = []
         for _ in range(self._corrections + 1):
-            found = candidates.find(self._seconds, self._budget(speedup, scale))
+            found = candidates.find(self._seconds, self._budget(speedup))
+            assert found is not None
             timing = self._timing(found.choice, lambda: candidates.build(found.choice))  # noqa: B023
-            deviation = timing.speedup / speedup - 1
+            self._note(found.choice, timing)
+            deviation = abs(timing.speedup / speedup - 1)
             text = (
                 f"{timing.speedup:.3f} times as fast: {timing.candidate * 1e3:.4g} of "
-                f"{timing.original * 1e3:.4g} ms, predicted {self._predicted(found.choice) * 1e3:.4g} ms"
+                f"{timing.original * 1e3:.4g} ms"
             )
-            attempts.append((abs(deviation), Reached(found.choice, label, text, found.loss)))
-            if abs(deviation) <= self._tolerance:
+            attempts.append((deviation, Reached(found.choice, label, text, found.loss)))
+            if deviation <= self._tolerance:
                 break
-            scale = self._scale(found.choice, timing)
         nearest, reached = min(attempts, key=lambda attempt: attempt[0])
         if nearest > self._tolerance:
-            self._ctx.remark(label, f"{nearest:.1%} off after {len(attempts)} searches: {reached.text}")
+            self._ctx.remark(label, f"{nearest:.1%} off after {len(attempts)} searches")
         self._memory.write()
         return reached
 
-    def _first_scale(self, speedup: float, candidates: Candidates) -> float:
-        """Measured over predicted time of models of about the right size; their weights do not matter."""
-        scale = 1.0
-        for _ in range(_SHAPE_ROUNDS):
-            levels = solve(candidates.errors, self._seconds, self._budget(speedup, scale))
-            assert levels is not None  # the budget is never below the fastest choice
-            scale = self._scale(levels, self._timing(levels, lambda: self._shaped(levels)))  # noqa: B023
-        return scale
-
-    def _scale(self, levels: Sequence[int], timing: Timing) -> float:
+    def _note(self, levels: Sequence[int], timing: Timing) -> None:
         # In units of the original's time of the same rounds, or the machine's drift would count as an error.
-        return self.original / timing.speedup / self._predicted(levels)
+        self._points.append((self._pieces(levels), 1 / timing.speedup))
 
-    def _budget(self, speedup: float, scale: float) -> float:
+    def _budget(self, speedup: float) -> float:
+        """Seconds of pieces, between those of the two measured models that enclose the goal."""
+        wanted = 1 / speedup
         fastest = sum(float(times.min()) for times in self._seconds)
-        return max(self.original / speedup / scale - self._fixed, fastest)
+        slower = min((point for point in self._points if point[1] >= wanted), key=_latency, default=None)
+        faster = max((point for point in self._points if point[1] < wanted), key=_latency, default=None)
+        if slower is None or faster is None:
+            return max(self._pieces([0] * len(self._units)) if slower is None else fastest, fastest)
+        share = (wanted - faster[1]) / (slower[1] - faster[1])
+        return max(faster[0] + share * (slower[0] - faster[0]), fastest)
 
-    def _predicted(self, levels: Sequence[int]) -> float:
-        chosen = zip(self._seconds, levels, strict=True)
-        return self._fixed + sum(float(times[level]) for times, level in chosen)
+    def _pieces(self, levels: Sequence[int]) -> float:
+        return sum(float(times[level]) for times, level in zip(self._seconds, levels, strict=True))
 
     def _shaped(self, levels: Sequence[int]) -> ir.Model:
         model = clone(self._model)
@@ -204,6 +197,10 @@ class TimeCosts:
                 f"{deployment.batch}x{deployment.sequence} {deployment.deployed_with}",
             ]
         )
+
+
+def _latency(point: tuple[float, float]) -> float:
+    return point[1]
 
 
 def measured_table(
