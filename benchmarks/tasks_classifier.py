@@ -1,4 +1,4 @@
-"""A classifier with its data: how it is trained, and how the accuracy and the speed of its files are measured.
+"""A classifier with its data: how it is trained, and how its files' accuracy and speed are measured.
 
 Modules take tensors by name and return ``{"logits": [batch, classes]}``; data are arrays by graph-input name
 with ``labels`` (int64) beside them, samples first.
@@ -37,7 +37,8 @@ class Task:
         test: what accuracy is measured on.
         batch: samples of a call of the deployment, which is what is timed.
         sequence: tokens of a sample there; 1 for images.
-        distill: options of the pass `distill`, without its steps.
+        steps: of each distillation.
+        distill: further options of the pass `distill`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     test: Data
     batch: int
     sequence: int
+    steps: int
     distill: str
 
     def example(self) -> dict[str, torch.Tensor]:
@@ -84,7 +86,7 @@ def fit(
     say: Callable[[str], None],
     seed: int = 0,
 ) -> None:
-    """Train with AdamW, one cycle of the learning rate, and labels smoothed by 0.1; ends in evaluation mode."""
+    """Train with AdamW, one cycle of the learning rate, labels smoothed by 0.1; end in evaluation mode."""
     tensors = {name: torch.from_numpy(array) for name, array in data.items()}
     labels = tensors.pop(LABELS)
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ _CLASSES = 10
 _TEST_SHARE = 0.25
 _BATCH = 64
 """Of the deployment: matrix products take the time then, not calls."""
-_DISTILL = "batch=64,learning_rate=1e-3,task=1.0"
+_STEPS, _DISTILL = 300, "batch=64,learning_rate=1e-3,task=1.0"
 
 
 class VisionTransformer(nn.Module):
@@ -173,5 +173,6 @@ def _task(
         test=test,
         batch=_BATCH,
         sequence=1,
+        steps=_STEPS,
         distill=_DISTILL,
     )
