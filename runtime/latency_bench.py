@@ -4,9 +4,10 @@ Levels run in turns, so that a slow moment of the machine hits all alike, and in
 weights are in the cache and worker threads awake, as they are within a model. What a call costs in itself is
 timed in the same turns, on a model with the same inputs and outputs and nothing in between, and taken off.
 
-What is in the cache is not timed again. Its key holds the graph that is run, with its shapes and the kernels
-that it was bound to, so batch, sequence, level and the passes that came before are in it through the graph
-that they lead to; and onnxruntime's version, the target with its options and threads, and the machine.
+What is in the cache is not timed again, and times of a busy machine do not get there. A key holds the graph
+that is run, with its shapes and the kernels that it was bound to, so batch, sequence, level and the passes
+that came before are in it through the graph that they lead to; and onnxruntime's version, the target with its
+options and threads, and the machine.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from ..ir.structure import ChannelGroup
 from .end_to_end import threads_of
 from .latency_cache import read_seconds, write_seconds
 from .latency_pieces import Piece, signature
-from .measure import interleaved_latency
+from .measure import Latency, interleaved_latency
 from .session import Session
 
-Timer = Callable[[Mapping[str, Callable[[], None]]], Mapping[str, float]]
-"""Times calls against each other: seconds of each."""
+Timer = Callable[[Mapping[str, Callable[[], None]]], Mapping[str, Latency]]
+"""Times calls against each other, by name."""
 
 FORMAT = 1
 """Part of every key: raise it when the meaning of a measurement changes."""
@@ -38,6 +39,8 @@ _OVERHEAD = "overhead"
 _SECONDS_PER_RUN = 0.1
 _FEWEST_REPEATS, _MOST_REPEATS = 8, 60
 _TURNS = 4
+_DISTURBED = 1.5
+"""A median so many times the quickest run says that the machine had other work: it is not kept on disk."""
 _MOST_WEIGHT_BYTES = 1 << 30
 """Of the levels that are open at a time; onnxruntime may keep a second, prepacked copy of them."""
 
@@ -47,15 +50,14 @@ def target_text(target: Target) -> str:
     return repr(target)
 
 
-def median_seconds(runs: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Medians of interleaved turns; more of them where calls are short."""
+def interleaved(runs: Mapping[str, Callable[[], None]]) -> dict[str, Latency]:
+    """Time calls in shuffled turns; more of them where calls are short."""
     start = time.perf_counter()
     for run in runs.values():
         run()
     once = (time.perf_counter() - start) / len(runs)
     repeats = min(max(int(_SECONDS_PER_RUN / once), _FEWEST_REPEATS), _MOST_REPEATS)
-    latency = interleaved_latency(runs, repeats=repeats, burst=math.ceil(repeats / _TURNS), warmup=1)
-    return {name: row.median_ms / 1e3 for name, row in latency.items()}
+    return interleaved_latency(runs, repeats=repeats, burst=math.ceil(repeats / _TURNS), warmup=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Bench:
 
     target: Target
     prepare: Callable[[ir.Model], None]
-    timer: Timer = median_seconds
+    timer: Timer = interleaved
 
     def seconds(self, piece: Piece, group: ChannelGroup, counts: Sequence[int]) -> dict[int, float]:
         """Seconds of a piece's own work with so many structures of the group kept; none is negative.
@@ -86,9 +88,12 @@ class Bench:
     def _timed(self, levels: Mapping[int, _Level], overhead: _Level) -> dict[int, float]:
         runs = {str(count): level.open() for count, level in levels.items()}
         times = self.timer({**runs, _OVERHEAD: overhead.open()})
-        seconds = {count: max(times[str(count)] - times[_OVERHEAD], 0.0) for count in levels}
+        seconds: dict[int, float] = {}
         for count, level in levels.items():
-            write_seconds(level.key, seconds[count])
+            latency = times[str(count)]
+            seconds[count] = max(latency.median_ms - times[_OVERHEAD].median_ms, 0.0) / 1e3
+            if latency.median_ms <= _DISTURBED * latency.fastest_ms:
+                write_seconds(level.key, seconds[count])
         return seconds
 
     def _batches(

@@ -34,7 +34,7 @@ from ..ir.errors import InputError
 from ..ir.structure import ChannelGroup, Structure
 from .calibration.data import Feeds
 from .end_to_end import end_to_end_latency, fitted_feeds, open_bound, threads_of
-from .latency_bench import RUNTIME, Bench, Timer, median_seconds, target_text
+from .latency_bench import RUNTIME, Bench, Timer, interleaved, target_text
 from .latency_cache import write_json
 from .latency_feeds import deployment_feeds
 from .latency_pieces import Piece, extract, group_nodes, own_module
@@ -217,7 +217,7 @@ def measure_latency_table(
     deployed_with: str,
     prepare: Callable[[ir.Model], None],
     progress: Progress = _silent,
-    timer: Timer = median_seconds,
+    timer: Timer = interleaved,
 ) -> LatencyTable:
     """Time every group of a dense model at every level, as the target will run it.
 
@@ -271,7 +271,10 @@ def _total(
 ) -> float:
     copy = clone(model)
     prepare(copy)
-    return timer({"dense": open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))})["dense"]
+    return (
+        timer({"dense": open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))})["dense"].median_ms
+        / 1e3
+    )
 
 
 def _checked_counts(structure: Structure, group: ChannelGroup, counts: Sequence[int]) -> list[int]:

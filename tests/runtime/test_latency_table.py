@@ -15,8 +15,9 @@ from planish.codegen.portable import Portable
 from planish.ir.errors import InputError
 from planish.ir.structure import discover
 from planish.runtime import latency_bench, latency_cache
-from planish.runtime.latency_bench import RUNTIME, median_seconds, target_text
+from planish.runtime.latency_bench import RUNTIME, interleaved, target_text
 from planish.runtime.latency_table import LatencyTable, measure_latency_table
+from planish.runtime.measure import Latency
 
 TARGET = Portable()
 SECONDS = {"one": {8: 0.004, 4: 0.003, 0: 0.0}, "two": {8: 0.004, 4: 0.003, 0: 0.0}, "three": {6: 0.002}}
@@ -45,17 +46,25 @@ def residual_model(widths: tuple[int, ...] = (8, 8)) -> ir.Model:
 
 
 class Clock:
-    """A timer by which a call takes the seconds that are given, and that writes down what it was asked."""
+    """A timer by which a call takes the seconds that are given, and that writes down what it was asked.
 
-    def __init__(self, seconds=None):
+    The quickest run is so many times quicker than the median.
+    """
+
+    def __init__(self, seconds=None, spread=1.0):
         self.asked: list[list[str]] = []
         self._seconds = seconds or {}
+        self._spread = spread
 
     def __call__(self, runs):
         self.asked.append(list(runs))
         for run in runs.values():
             run()
-        return {name: self._seconds.get(name, 1.0) for name in runs}
+        medians = {name: 1e3 * self._seconds.get(name, 1.0) for name in runs}
+        return {
+            name: Latency(median_ms=median, fastest_ms=median / self._spread, samples=1)
+            for name, median in medians.items()
+        }
 
 
 def nothing(model: ir.Model) -> None:
@@ -257,7 +266,18 @@ def test_unknown_groups_are_refused():
         measure(residual_model(), Clock(), levels={"mlp": [4]})
 
 
-def test_median_seconds_times_every_run():
+def test_times_of_a_busy_machine_are_used_but_not_kept():
+    busy = measure(residual_model(), Clock({"8": 0.010, "overhead": 0.002}, spread=1.6))
+    assert next(iter(busy.seconds.values()))[8] == pytest.approx(0.008, abs=1e-15)
+    clock = Clock(spread=1.4)
+    measure(residual_model(), clock)
+    assert clock.asked == [["8", "4", "overhead"], ["dense"]]
+    again = Clock()
+    measure(residual_model(), again)
+    assert again.asked == [["dense"]]
+
+
+def test_every_run_is_timed_equally_often():
     calls = {"a": 0, "b": 0}
 
     def counted(name):
@@ -266,10 +286,9 @@ def test_median_seconds_times_every_run():
 
         return run
 
-    seconds = median_seconds({name: counted(name) for name in calls})
-    assert set(seconds) == {"a", "b"}
-    # The timed calls are as many for both, and at least the fewest samples that a median is taken of.
-    assert calls["a"] == calls["b"] >= latency_bench._FEWEST_REPEATS
+    latency = interleaved({name: counted(name) for name in calls})
+    assert {row.samples for row in latency.values()} == {latency_bench._MOST_REPEATS}
+    assert calls["a"] == calls["b"]
 
 
 # Tables
