@@ -15,6 +15,7 @@ a three-dimensional Attention, groups of a depthwise convolution), or a shape pu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,16 @@ import onnx_ir as ir
 
 from ..ir import clone
 from ..ir.structure import ChannelGroup, Choice, Member, ResidualModule, shrink
-from ..ir.views import convolutions, linears
+from ..ir.views import Convolution, Linear, convolutions, linears
+from ..ir.views.values import static_dim
 from .calibration.data import Feeds, fitted
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 Keeps = Mapping[str, Indices]
 """The structures that stay, by name of their group; groups that are not there stay whole."""
+Place = tuple[int, int]
+"""An operand: the position of a node in the graph, and that of the operand among the node's."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,11 +42,11 @@ class _Share:
     """What one structure of a group accounts for.
 
     Attributes:
-        operands: of entries of constant operands, by position of a node in the graph and of its input.
+        operands: of the entries of constant operands.
         inputs: of the size of graph inputs, by name and axis.
     """
 
-    operands: Mapping[tuple[int, int], Array]
+    operands: Mapping[Place, Array]
     inputs: Mapping[tuple[str, int], int]
 
 
@@ -67,11 +71,11 @@ class FreeShapes:
         self._groups: dict[str, ChannelGroup] = {}
         self._shares: dict[str, _Share] = {}
         for group in groups:
-            share = _share(model, group)
-            if isinstance(share, str):
-                self.fixed[group.name] = share
-            else:
-                self._groups[group.name], self._shares[group.name] = group, share
+            try:
+                self._shares[group.name] = _share(model, group)
+                self._groups[group.name] = group
+            except _FixedError as reason:
+                self.fixed[group.name] = str(reason)
         self._members = _by_tensor(self._groups.values())
         graph = self.model.graph
         self._operands = _own_operands(
@@ -80,7 +84,7 @@ class FreeShapes:
         self._gates = _add_gates(graph, modules)
         names = dict.fromkeys([*self._members, *_biases(model, self._members)])
         self._dense = {name: _data(graph.initializers[name]) for name in names}
-        self._inputs = [(value.name, value.shape, value.type) for value in model.graph.inputs]
+        self._shell = _without_nodes(model)
         self._forget_sizes()
 
     @property
@@ -120,7 +124,12 @@ class FreeShapes:
         sizes = self._input_sizes(keeps | least)
         if not sizes:
             return samples
-        shell = self._shell(self._input_sizes(keeps))
+        shell = clone(self._shell)
+        for value in shell.graph.inputs:
+            _resize(
+                value,
+                {axis: size for (name, axis), size in self._input_sizes(keeps).items() if name == value.name},
+            )
         result = [dict(fitted(feeds, shell)) for feeds in samples]
         for feeds in result:
             for (name, axis), size in sizes.items():
@@ -140,25 +149,14 @@ class FreeShapes:
 
     def _input_sizes(self, keeps: Keeps) -> dict[tuple[str, int], int]:
         """The sizes of graph inputs, by name and axis, that are smaller than the dense ones."""
-        shapes = {name: shape for name, shape, _ in self._inputs}
+        dense = {value.name: value for value in self._shell.graph.inputs}
         sizes: dict[tuple[str, int], int] = {}
         for group, keep in keeps.items():
             for (name, axis), share in self._shares[group].inputs.items():
-                dense = sizes.get((name, axis), shapes[name][axis])
-                sizes[name, axis] = dense - share * self._gone(group, keep)
+                before = sizes.get((name, axis), static_dim(dense[name], axis))
+                assert before is not None
+                sizes[name, axis] = before - share * self._gone(group, keep)
         return sizes
-
-    def _shell(self, sizes: Mapping[tuple[str, int], int]) -> ir.Model:
-        """A model without nodes whose inputs have some other sizes."""
-        inputs = [
-            ir.Value(
-                name=name,
-                shape=ir.Shape([sizes.get((name, axis), dim) for axis, dim in enumerate(shape)]),
-                type=value_type,
-            )
-            for name, shape, value_type in self._inputs
-        ]
-        return ir.Model(ir.Graph(inputs, [], nodes=[]), ir_version=self.model.ir_version)
 
     def _forget_sizes(self) -> None:
         """Let the shapes say nothing that does not hold at all sizes; onnxruntime infers what it needs."""
@@ -169,45 +167,71 @@ class FreeShapes:
         free += [place for share in self._shares.values() for place in share.inputs]
         values = {value.name: value for value in graph.inputs} | dict(graph.initializers)
         for name, axis in free:
-            shape = values[name].shape
-            values[name].shape = ir.Shape([None if i == axis else dim for i, dim in enumerate(shape)])
+            _resize(values[name], {axis: None})
 
 
-def _share(model: ir.Model, group: ChannelGroup) -> _Share | str:
-    """What each structure of a group accounts for, or why that cannot be said."""
+def _resize(value: ir.Value, sizes: Mapping[int, int | None]) -> None:
+    if value.shape is not None:
+        value.shape = ir.Shape([sizes.get(axis, dim) for axis, dim in enumerate(value.shape)])
+
+
+def _without_nodes(model: ir.Model) -> ir.Model:
+    """The inputs of a model, and nothing else."""
+    inputs = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in model.graph.inputs]
+    return ir.Model(ir.Graph(inputs, [], nodes=[]), ir_version=model.ir_version)
+
+
+class _FixedError(Exception):
+    """The reason why a graph cannot be made free of a group's size."""
+
+
+def _share(model: ir.Model, group: ChannelGroup) -> _Share:
+    """What each structure of a group accounts for: what goes with the last one."""
     if group.structures == 1:
         return _Share({}, {})
     copy = clone(model)
     nodes = [(node, tuple(node.inputs), dict(node.attributes)) for node in copy.graph]
     choice = Choice(group, np.arange(group.structures - 1), {})
     shrink(copy, [choice])
-    operands: dict[tuple[int, int], Array] = {}
+    operands: dict[Place, Array] = {}
     for position, (node, inputs, attributes) in enumerate(nodes):
         if any(node.attributes.get(name) is not attribute for name, attribute in attributes.items()):
-            return f"{node.op_type} '{node.outputs[0].name}' says a size in an attribute"
-        for index, value in enumerate(node.inputs):
-            before = inputs[index] if index < len(inputs) else None
-            if value is before:
-                continue
-            if before is None or value is None or before.const_value is None or value.const_value is None:
-                return f"{node.op_type} '{node.outputs[0].name}' is given a size that is computed"
-            operands[position, index] = _data(before) - _data(value)
-    members = _by_tensor([group])
-    for name, value in copy.graph.initializers.items():
-        before = model.graph.initializers.get(name)
-        if before is None or before.const_value is value.const_value:
+            raise _FixedError(f"{node.op_type} '{node.outputs[0].name}' says a size in an attribute")
+        operands |= {(position, index): share for index, share in _operand_shares(node, inputs)}
+    _require_only_cut(model, copy, choice)
+    return _Share(operands, _input_shares(model, copy))
+
+
+def _operand_shares(node: ir.Node, inputs: Sequence[ir.Value | None]) -> Iterator[tuple[int, Array]]:
+    """By how much the entries of a node's operands are less than those of ``inputs``, where they changed."""
+    for index, (after, before) in enumerate(itertools.zip_longest(node.inputs, inputs)):
+        if after is before:
             continue
-        expected = _cut(_data(before), members.get(name, ()), {group.name: choice.keep})
-        if not np.array_equal(expected, _data(value)):
-            return f"'{name}' does not only lose what goes with the group"
-    inputs_after = zip(model.graph.inputs, copy.graph.inputs, strict=True)
-    return _Share(operands, {place: size for pair in inputs_after for place, size in _lost(*pair)})
+        if after is None or before is None or after.const_value is None or before.const_value is None:
+            raise _FixedError(f"{node.op_type} '{node.outputs[0].name}' is given a size that is computed")
+        yield index, _data(before) - _data(after)
 
 
-def _lost(before: ir.Value, after: ir.Value) -> Iterator[tuple[tuple[str, int], int]]:
-    for axis, (old, new) in enumerate(zip(before.shape or (), after.shape or (), strict=True)):
-        if old != new:
-            yield (str(before.name), axis), int(old) - int(new)
+def _require_only_cut(model: ir.Model, shrunk: ir.Model, choice: Choice) -> None:
+    """Initializers lose what goes with the group; they do not change otherwise."""
+    members = _by_tensor([choice.group])
+    for name, after in shrunk.graph.initializers.items():
+        before = model.graph.initializers.get(name)
+        if before is None or before.const_value is after.const_value:
+            continue
+        expected = _cut(_data(before), members.get(name, ()), {choice.group.name: choice.keep})
+        if not np.array_equal(expected, _data(after)):
+            raise _FixedError(f"'{name}' does not only lose what goes with the group")
+
+
+def _input_shares(model: ir.Model, shrunk: ir.Model) -> dict[tuple[str, int], int]:
+    shares: dict[tuple[str, int], int] = {}
+    for before, after in zip(model.graph.inputs, shrunk.graph.inputs, strict=True):
+        for axis in range(len(before.shape or ())):
+            old, new = static_dim(before, axis), static_dim(after, axis)
+            if old is not None and new is not None and old != new:
+                shares[str(before.name), axis] = old - new
+    return shares
 
 
 def _by_tensor(groups: Iterable[ChannelGroup]) -> dict[str, list[tuple[ChannelGroup, Member]]]:
@@ -229,19 +253,15 @@ def _cut(dense: Array, members: Iterable[tuple[ChannelGroup, Member]], keeps: Ke
     return dense
 
 
-def _own_operands(graph: ir.Graph, places: Collection[tuple[int, int]]) -> dict[tuple[int, int], str]:
-    """Give nodes constants of their own, which other nodes do not read: their names."""
-    names: dict[tuple[int, int], str] = {}
+def _own_operands(graph: ir.Graph, places: Collection[Place]) -> dict[Place, str]:
+    """Give nodes constants of their own there, which other nodes do not read: their names."""
+    names: dict[Place, str] = {}
     for position, node in enumerate(graph):
         for index, shared in enumerate(node.inputs):
-            if (position, index) in places:
-                name = f"planish.size.{position}.{index}"
-                own = ir.Value(
-                    name=name, shape=shared.shape, type=shared.type, const_value=shared.const_value
-                )
-                graph.register_initializer(own)
-                node.replace_input_with(index, own)
-                names[position, index] = name
+            if shared is None or (position, index) not in places:
+                continue
+            name = names[position, index] = f"planish.size.{position}.{index}"
+            node.replace_input_with(index, _registered(graph, name, _data(shared)))
     return names
 
 
@@ -251,25 +271,34 @@ def _add_gates(graph: ir.Graph, modules: Iterable[ResidualModule]) -> dict[str, 
     names: dict[str, str] = {}
     for module in modules:
         add = adds.get(module.output)
-        branches = [] if add is None else [value for value in add.inputs if value.name == module.branch]
-        if len(branches) != 1:
+        branch = (
+            next((value for value in add.inputs if value and value.name == module.branch), None)
+            if add
+            else None
+        )
+        if add is None or branch is None or branch.dtype is None:
             continue
-        (branch,) = branches
         name = names[module.name] = f"planish.gate.{module.name}"
-        one = ir.tensor(np.ones(1, branch.dtype.numpy()), name=name)
-        gate = ir.Value(name=name, shape=one.shape, type=ir.TensorType(one.dtype), const_value=one)
-        graph.register_initializer(gate)
+        gate = _registered(graph, name, np.ones(1, branch.dtype.numpy()))
         product = ir.node("Mul", [branch, gate], name=name)
-        product.outputs[0].name = f"{name}.branch"
-        product.outputs[0].type = branch.type
+        product.outputs[0].name, product.outputs[0].type = f"{name}.branch", branch.type
         graph.insert_before(add, product)
         add.replace_input_with(add.inputs.index(branch), product.outputs[0])
     return names
 
 
+def _registered(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def _biases(model: ir.Model, tensors: Collection[str]) -> list[str]:
     """The biases of linears and convolutions with these weights: they may be refitted with them."""
-    layers = [*linears(model), *convolutions(model)]
+    layers: list[Linear | Convolution] = [*linears(model), *convolutions(model)]
     return [
         str(layer.bias.name) for layer in layers if layer.bias is not None and layer.weight.name in tensors
     ]
