@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 
 from ...runtime.training import Parameters
-from .masks import MaskedTraining
+from .masks import Method
 
 
 @dataclasses.dataclass(kw_only=True)
-class AlternatingCompression(MaskedTraining):
+class AlternatingCompression(Method):
     """Prunes, lets grow, prunes.
 
     Attributes:

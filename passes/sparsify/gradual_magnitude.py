@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 
 from ...runtime.training import Parameters
-from .masks import MaskedTraining
+from .masks import Method
 
 
 @dataclasses.dataclass(kw_only=True)
-class GradualMagnitude(MaskedTraining):
+class GradualMagnitude(Method):
     """Prunes a share that rises.
 
     Attributes:

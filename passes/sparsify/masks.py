@@ -6,14 +6,13 @@ unstructured   the k weights of least |w|
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from ...runtime.training import Parameters
+from ...runtime.training import Masked, Parameters
 
 Pattern = Literal["unstructured", "2:4"]
 Scope = Literal["global", "layer"]
@@ -76,46 +75,18 @@ def _least(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, tor
 
 
 @dataclasses.dataclass(kw_only=True)
-class MaskedTraining(abc.ABC):
-    """Base of methods that keep pruned weights at zero: the masks, and what they do to weights and gradients.
+class Method(Masked):
+    """Base of the methods: when which weights are pruned in the course of training.
 
     Attributes:
         pruner: chooses the weights.
         sparsity: the share that is pruned in the end.
         steps: updates of the whole training.
-        masks: True where a weight is pruned now, by name; none in a dense phase.
     """
 
     pruner: Pruner
     sparsity: float
     steps: int
-    masks: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False, init=False)
-
-    def before_step(self, parameters: Parameters) -> None:
-        """Pruned weights have no gradient, so that the optimiser does not gather any for them."""
-        for name, pruned in self.masks.items():
-            gradient = parameters[name].grad
-            if gradient is not None:
-                gradient.masked_fill_(pruned, 0)
-
-    def after_step(self, step: int, parameters: Parameters) -> None:
-        """Choose the masks for the next update, and set pruned weights to zero."""
-        self.update(step, parameters)
-        with torch.no_grad():
-            for name, pruned in self.masks.items():
-                parameters[name].masked_fill_(pruned, 0)
-
-    @abc.abstractmethod
-    def update(self, step: int, parameters: Parameters) -> None:
-        """Choose the masks after ``step`` updates."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The masks."""
-        return dict(self.masks)
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over the masks."""
-        self.masks = dict(state)
 
 
 def zeros(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from ..distill.training_pass import TrainingPass, reason_not_asked_for, report
 from ..infrastructure.base import Coverage, PassContext, PassResult, Skipped
 from .ac_dc import AlternatingCompression
 from .gradual_magnitude import GradualMagnitude
-from .masks import GROUP, KEPT, MaskedTraining, Pattern, Pruner, Scope, zeros
+from .masks import GROUP, KEPT, Method, Pattern, Pruner, Scope, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Sparsify(TrainingPass):
                 skipped.append(Skipped(weight.name, reason))
         return covered, skipped
 
-    def _method(self, axes: dict[str, int]) -> MaskedTraining:
+    def _method(self, axes: dict[str, int]) -> Method:
         pruner = Pruner(axes=axes, pattern=self.pattern, scope=self.scope)
         if self.method == "ac-dc":
             return AlternatingCompression(

@@ -3,6 +3,7 @@
 from .batches import Batches
 from .checkpoint import fingerprint
 from .losses import Losses
+from .masks import KeepZeros, Masked
 from .objective import Objective
 from .schedule import learning_rate
 from .trainable import Weight, float_weights
@@ -11,7 +12,9 @@ from .trainer import Hook, Parameters, Trained, Training, train, write_back
 __all__ = [
     "Batches",
     "Hook",
+    "KeepZeros",
     "Losses",
+    "Masked",
     "Objective",
     "Parameters",
     "Trained",

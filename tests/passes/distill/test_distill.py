@@ -193,6 +193,24 @@ def test_a_dropped_layer_is_left_out_and_its_cache_begins_empty(tmp_path):
     assert "; 2 hidden states compared; " in remarks(ctx, "training")[0]
 
 
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_zeros_of_products_are_kept_or_it_is_said_that_they_are_not(tmp_path, keep_zeros):
+    original = decoder()
+    student = damaged(original)
+    replace(student, "0.norm.weight", np.arange(WIDTH))  # a zero here is no pruned weight
+    before = arrays(student)
+    _, ctx = distill(student, original, tmp_path, keep_zeros=keep_zeros)
+    for i in range(LAYERS):
+        name = f"{i}.down.weight"
+        assert ((arrays(student)[name] == 0) == (before[name] == 0)).all() == keep_zeros
+        assert (arrays(student)[name] != before[name]).any()
+    assert arrays(student)["0.norm.weight"][0] != 0
+    # The weights of products: 8 of 8 x 8, 4 of 8 x 16, 8 x 12; half of two of 16 x 8 are zero.
+    share = 128 / (8 * 64 + 4 * 128 + 96)
+    said = f"{share:.1%} of the weights were zero and are not now; keep_zeros keeps them"
+    assert remarks(ctx, "zeros") == ([] if keep_zeros else [said])
+
+
 def test_harm_is_undone_and_said(tmp_path):
     original = decoder()
     student = clone(original)
