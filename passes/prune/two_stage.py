@@ -62,7 +62,7 @@ class TwoStage(Pass):
         samples: how many calibration samples neurons are scored on.
         attention_samples: how many calibration samples attention modules are chosen on.
         alpha: how late attention goes; the power of the sparsity is (P_mlp / P_attn) / alpha.
-        multiple: FFN widths are rounded to multiples of this.
+        multiple: widths of FFNs that are narrowed become multiples of this.
         batch: of the deployment whose latency ``speedup`` is about.
         sequence: likewise, tokens of a sample.
         deployed_with: pipeline text: the passes that models get before they are timed.
@@ -154,7 +154,9 @@ class TwoStage(Pass):
             return deployment.measure(candidate).speedup
 
         sparsity, reached = _sparsity_for(target, measured)
-        ctx.remark("all FFNs and attention modules", f"measured speed-up {reached:.3g} for {target:g}")
+        ctx.remark(
+            "all FFNs and attention modules", f"measured speed-up {reached:.3g} for the target {target:g}"
+        )
         return self._at(sparsity, parts)
 
 

@@ -71,7 +71,7 @@ def make_plan(sparsity: float, sizes: Sizes, *, alpha: float, multiple: int) -> 
         sparsity: the share of the weights that goes, 0 to 1.
         sizes: what there is.
         alpha: of the formula.
-        multiple: FFN widths are rounded to multiples of it; one multiple stays at least.
+        multiple: FFN widths become multiples of it, or stay as they are; one multiple stays at least.
     """
     smallest = {name: min(multiple, count) for name, count in sizes.neurons.items()}
     ffn = sum(sizes.ffn.values())
@@ -80,10 +80,17 @@ def make_plan(sparsity: float, sizes: Sizes, *, alpha: float, multiple: int) -> 
     if sizes.attention:
         each = sum(sizes.attention) / len(sizes.attention)
         most, least = math.floor(budget / each), math.ceil((budget - available) / each)
-        number = min(max(attention_count(sparsity, sizes, alpha), least), most, sizes.droppable)
+        number = min(max(min(attention_count(sparsity, sizes, alpha), most), least), sizes.droppable)
     share = min(max((budget - number * each) / ffn, 0.0), 1.0)
     widths = {
-        name: min(max(round(count * (1 - share) / multiple) * multiple, smallest[name]), count)
+        name: max(_rounded(count * (1 - share), multiple, count), smallest[name])
         for name, count in sizes.neurons.items()
     }
     return Plan(number, widths)
+
+
+def _rounded(width: float, multiple: int, most: int) -> int:
+    """The nearest multiple, or ``most`` where that is nearer."""
+    lower = math.floor(width / multiple) * multiple
+    upper = min(lower + multiple, most)
+    return lower if width - lower < upper - width else upper

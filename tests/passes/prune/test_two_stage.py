@@ -105,14 +105,18 @@ def test_attention_that_cannot_go_stays():
     st.sampled_from([1, 4, 16]),
 )
 def test_plans_meet_the_sparsity_as_nearly_as_widths_allow(sparsity, attention, ffn, count, multiple):
-    """What rounding costs is half a multiple of the neurons of each FFN."""
+    """More goes only where one attention module less, and the narrowest FFNs, would not be enough."""
     whole = sizes(attention, ffn, count)
     plan = make_plan(sparsity, whole, alpha=1.5, multiple=multiple)
     assert all(width % multiple == 0 or width == 100 for width in plan.widths.values())
     assert min(plan.widths.values()) >= multiple
     most = make_plan(1.0, whole, alpha=1.5, multiple=multiple).sparsity(whole)
     rounding = (multiple / 100) * ffn / (attention + ffn)
-    assert abs(plan.sparsity(whole) - min(sparsity, most)) <= rounding + 1e-9
+    assert plan.sparsity(whole) >= min(sparsity, most) - rounding - 1e-9
+    if plan.sparsity(whole) > sparsity + rounding + 1e-9:
+        assert set(plan.widths.values()) == {100}
+        less = (plan.attention - 1) * attention + (1 - multiple / 100) * ffn * count
+        assert less < sparsity * whole.total
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +152,10 @@ def two_stage(model, data, original=None, **options):
     ctx = PassContext(target=TARGET, calibration=data, original=original)
     result = TwoStage(**options).run(model, ctx)
     verify(model)
-    return result, {remark.subject: remark.text for remark in ctx.remarks}
+    remarks = {}
+    for remark in ctx.remarks:
+        remarks.setdefault(remark.subject, remark.text)
+    return result, remarks
 
 
 def widths_of(model):
@@ -281,12 +288,13 @@ def test_speedup_is_met(speedup, llama, data, weights_clock):
     )
     # One neuron of each FFN is 0.024 of the weights, so 3 % are not always met: then the next faster.
     assert speedup * 0.97 <= dense / pruned <= speedup * 1.1
-    assert f"measured speed-up {dense / pruned:.3g} for {speedup:g}" in remarks.values()
+    measured = remarks["all FFNs and attention modules"]
+    assert measured == f"measured speed-up {dense / pruned:.3g} for the target {speedup:g}"
     assert len(weights_clock) <= 10
 
 
 def test_unreachable_speedup_is_refused_with_the_fastest(llama, data, weights_clock):
-    with pytest.raises(PassError, match=r"speedup=50 cannot be reached: .* — the fastest .* speedup=8\.\d+$"):
+    with pytest.raises(PassError, match=r"speedup=50 cannot be reached: .* — the fastest .* speedup=9\.18$"):
         two_stage(clone(llama), data, clone(llama), speedup=50.0, sequence=8, deployed_with="")
 
 
