@@ -33,29 +33,32 @@ def discover(model: ir.Model) -> Structure:
     dimensions = relate(model)
     streams = _stream_dimensions(model)
     weights = {name for name, value in model.graph.initializers.items() if not value.is_graph_input()}
-    found: list[_Found] = []
-    for component in networkx.connected_components(dimensions.graph):
-        found.extend(_of_component(dimensions, component, streams, weights))
-    nodes = _nodes_by_group(model.graph, found)
-    kinds = [_kind(part, nodes[index], model.graph) for index, part in enumerate(found)]
-    names = group_names([part.members for part in found], kinds)
-    groups: list[tuple[int, ChannelGroup]] = []
-    unprunable: list[Unprunable] = []
+    found = [
+        part
+        for component in networkx.connected_components(dimensions.graph)
+        for part in _of_component(dimensions, component, streams, weights)
+    ]
+    _note_nodes(model.graph, found)
     position = {node: index for index, node in enumerate(model.graph)}
-    for part, touched, kind, name in zip(found, nodes, kinds, names, strict=True):
-        if part.reason is not None:
-            unprunable.append(Unprunable(name, part.reason))
-            continue
-        outputs = tuple(node.outputs[0].name or "" for node in touched)
-        # The width of the residual stream comes last: it touches nearly everything.
-        first = len(position) if kind == "hidden" else position[touched[0]]
-        group = ChannelGroup(name, kind, len(part.labels), part.members, outputs)
-        groups.append((first, group))
-    if not groups and not unprunable:
-        unprunable = _why_nothing(dimensions, weights)
-    ordered = tuple(group for _, group in sorted(groups, key=lambda pair: pair[0]))
-    modules = residual_modules(model, ordered)
-    return Structure(ordered, modules, tuple(unprunable), dimensions.graph)
+    # The width of the residual stream comes last: it touches nearly everything.
+    found.sort(key=lambda part: (part.is_stream, position[part.nodes[0]]))
+    kinds = [_kind(part, model.graph) for part in found]
+    names = group_names([part.members for part in found], kinds)
+    named = list(zip(found, kinds, names, strict=True))
+    groups = tuple(
+        ChannelGroup(
+            name=name,
+            kind=kind,
+            structures=len(part.labels),
+            members=part.members,
+            nodes=tuple(node.outputs[0].name or "" for node in part.nodes),
+        )
+        for part, kind, name in named
+        if part.reason is None
+    )
+    held = [Unprunable(name, part.reason) for part, _, name in named if part.reason is not None]
+    unprunable = held if named else _why_nothing(dimensions, weights)
+    return Structure(groups, residual_modules(model, groups), tuple(unprunable), dimensions.graph)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +70,7 @@ class _Found:
     members: tuple[Member, ...]
     is_stream: bool
     reason: str | None
+    nodes: list[ir.Node] = dataclasses.field(default_factory=list)
 
 
 def _stream_dimensions(model: ir.Model) -> set[Dimension]:
@@ -84,10 +88,12 @@ def _of_component(
 ) -> Iterator[_Found]:
     nodes = dimensions.graph.nodes
     roles = {role for dimension in component if dimension[0] in weights for role in nodes[dimension]["roles"]}
-    if not roles >= _PRODUCER_AND_CONSUMER:
+    ends_here = any(pin.unknown_op for dimension in component for pin in nodes[dimension]["pins"])
+    needed = {"producer"} if ends_here else _PRODUCER_AND_CONSUMER
+    if not roles >= needed:
         return
     is_stream = not streams.isdisjoint(component)
-    axes = sorted(component, key=lambda dimension: nodes[dimension]["order"])
+    axes = _ordered(dimensions, component)
     labels, classes = _classes(dimensions, axes)
     pins = [
         (axis, pin) for axis in axes for pin in nodes[axis]["pins"] if not (is_stream and pin.unless_hidden)
@@ -101,13 +107,17 @@ def _of_component(
             if not len(part):
                 continue
             members = tuple(_members(dimensions, axes, part, weights))
-            if not {member.role for member in members} >= _PRODUCER_AND_CONSUMER:
+            if not {member.role for member in members} >= (needed if held else _PRODUCER_AND_CONSUMER):
                 continue
             touched = tuple(axis for axis in axes if np.isin(dimensions.labels_of(axis), part).any())
             reason = _reason(dimensions, pins, part) if held else None
             if reason is None and len(part) == 1:
                 reason = "all its channels belong together"
             yield _Found(part, touched, members, is_stream, reason)
+
+
+def _ordered(dimensions: Dimensions, component: set[Dimension]) -> list[Dimension]:
+    return sorted(component, key=lambda dimension: int(dimensions.graph.nodes[dimension]["order"]))
 
 
 def _classes(dimensions: Dimensions, axes: Sequence[Dimension]) -> tuple[Indices, npt.NDArray[np.uint64]]:
@@ -162,41 +172,38 @@ def _why_nothing(dimensions: Dimensions, weights: set[str]) -> list[Unprunable]:
     """Where no channels lie between two weights: what holds the axes of the weights, each reason once."""
     reasons: dict[str, str] = {}
     for component in networkx.connected_components(dimensions.graph):
-        tensor = next((name for name, _ in component if name in weights), None)
-        for dimension in component if tensor is not None else ():
-            for pin in dimensions.graph.nodes[dimension]["pins"]:
+        axes = _ordered(dimensions, component)
+        tensor = next((name for name, _ in axes if name in weights), None)
+        for axis in axes if tensor is not None else ():
+            for pin in dimensions.graph.nodes[axis]["pins"]:
                 reasons.setdefault(pin.reason, module_path(tensor or ""))
     return [Unprunable(name, reason) for reason, name in reasons.items()]
 
 
-def _nodes_by_group(graph: ir.Graph, found: Sequence[_Found]) -> list[list[ir.Node]]:
-    """The nodes that read or make an axis of each group."""
-    groups: dict[Dimension, list[int]] = {}
-    for index, part in enumerate(found):
+def _note_nodes(graph: ir.Graph, found: Sequence[_Found]) -> None:
+    """Note the nodes that read or make an axis of each part."""
+    parts: dict[Dimension, list[_Found]] = {}
+    for part in found:
         for axis in part.dimensions:
-            groups.setdefault(axis, []).append(index)
-    nodes: list[list[ir.Node]] = [[] for _ in found]
+            parts.setdefault(axis, []).append(part)
     for node in graph:
         if node.op_type == "Shape":
             continue
-        values = [
-            value for value in (*node.inputs, *node.outputs) if value is not None and value.shape is not None
-        ]
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None]
         touched = {
-            index
+            part: None
             for value in values
-            for axis in range(len(value.shape or ()))
-            for index in groups.get((value.name or "", axis), ())
+            for axis in range(0 if value.shape is None else len(value.shape))
+            for part in parts.get((value.name or "", axis), ())
         }
-        for index in touched:
-            nodes[index].append(node)
-    return nodes
+        for part in touched:
+            part.nodes.append(node)
 
 
-def _kind(part: _Found, nodes: Sequence[ir.Node], graph: ir.Graph) -> GroupKind:
+def _kind(part: _Found, graph: ir.Graph) -> GroupKind:
     if part.is_stream:
         return "hidden"
-    if any(node.op_type == "Attention" for node in nodes):
+    if any(node.op_type == "Attention" for node in part.nodes):
         return "attention"
     weights = [member.tensor for member in part.members if member.role != "passenger"]
     readers = {use.node.op_type for name in weights for use in graph.initializers[name].uses()}

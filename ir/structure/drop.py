@@ -59,7 +59,7 @@ def _branch(graph: ir.Graph, module: ResidualModule) -> tuple[ir.Node, ir.Value]
     )
 
 
-def _lost_caches(graph: ir.Graph, unneeded: set[ir.Node]) -> set[ir.Value]:
+def _lost_caches(graph: ir.Graph, unneeded: set[ir.Node]) -> list[ir.Value]:
     """The cache inputs that only attentions that go read as a cache."""
     attentions = [node for node in graph if node.op_type == "Attention" and node.domain == ""]
     lost: set[ir.Value] = set()
@@ -68,14 +68,16 @@ def _lost_caches(graph: ir.Graph, unneeded: set[ir.Node]) -> set[ir.Value]:
     for node in attentions:
         if node not in unneeded:
             lost.difference_update(value for value in node.inputs[4:6] if value is not None)
-    return lost
+    return [value for value in graph.inputs if value in lost]
 
 
 def _is_read(cache: ir.Value, unneeded: set[ir.Node]) -> bool:
     return any(use.node not in unneeded for use in cache.uses())
 
 
-def _other_cache(graph: ir.Graph, cache: ir.Value, unneeded: set[ir.Node], lost: set[ir.Value]) -> ir.Value:
+def _other_cache(
+    graph: ir.Graph, cache: ir.Value, unneeded: set[ir.Node], lost: Sequence[ir.Value]
+) -> ir.Value:
     """A cache that stays, to be asked for its length."""
     readers = [use.node for use in cache.uses() if use.node not in unneeded]
     other = next(

@@ -37,11 +37,13 @@ class Pin:
         dimension: the axis.
         reason: why, as a clause.
         unless_hidden: it may shrink all the same where it is the width of the residual stream.
+        unknown_op: there is no rule that says where its indices go from here.
     """
 
     dimension: Dimension
     reason: str
     unless_hidden: bool = False
+    unknown_op: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def together(value: ir.Value, axis: int, block: int) -> Iterator[Fact]:
         yield pairs(value, axis, every, value, axis, every // block * block)
 
 
-def pin(value: ir.Value | None, axes: Iterable[int], reason: str) -> Iterator[Fact]:
+def pin(value: ir.Value | None, axes: Iterable[int], reason: str) -> Iterator[Pin]:
     """These axes of the value stay as they are."""
     if value is not None and value.shape is not None:
         for axis in axes:
@@ -116,7 +118,7 @@ def pin(value: ir.Value | None, axes: Iterable[int], reason: str) -> Iterator[Fa
                 yield Pin(dimension(value, axis), reason)
 
 
-def pin_all(values: Iterable[ir.Value | None], reason: str) -> Iterator[Fact]:
+def pin_all(values: Iterable[ir.Value | None], reason: str) -> Iterator[Pin]:
     """All axes of these values stay as they are."""
     for value in values:
         if value is not None and value.shape is not None:

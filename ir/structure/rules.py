@@ -7,6 +7,7 @@ nodes whose shapes are not known, and ops without a rule, pin everything that th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -338,7 +339,8 @@ def facts(node: ir.Node) -> Iterator[Fact]:
     rule = RULES.get(node.op_type) if node.domain == "" else None
     if rule is None:
         domain = f"{node.domain}::" if node.domain else ""
-        yield from pin_all(touched, f"no rule for op {domain}{node.op_type}")
+        for pinned in pin_all(touched, f"no rule for op {domain}{node.op_type}"):
+            yield dataclasses.replace(pinned, unknown_op=True)
         return
     needed = [value for value in touched if value not in _tables(node)]
     unknown = next((value for value in needed if value.shape is None), None)
