@@ -221,8 +221,8 @@ def measure_latency_table(
 ) -> LatencyTable:
     """Time every group of a dense model at every level, as the target will run it.
 
-    Pieces that are alike but for names and weights are timed once; levels that were timed before, in this
-    session or another one, are read from the cache. One piece is open at a time.
+    Pieces that are alike but for names and weights are timed once, and levels that were timed before are read
+    from the cache on disk. One piece is open at a time. Other work on the machine falsifies the times.
 
     Args:
         model: dense and canonical; not changed.
@@ -271,10 +271,8 @@ def _total(
 ) -> float:
     copy = clone(model)
     prepare(copy)
-    return (
-        timer({"dense": open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))})["dense"].median_ms
-        / 1e3
-    )
+    run = open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))
+    return timer({"dense": run})["dense"].median_ms / 1e3
 
 
 def _checked_counts(structure: Structure, group: ChannelGroup, counts: Sequence[int]) -> list[int]:
