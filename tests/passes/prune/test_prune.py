@@ -1,4 +1,4 @@
-"""The pass `prune`: goals are reached, impossible ones refused, shapes really shrink, runs go on where they were.
+"""The pass `prune`: goals are met, impossible ones refused, shapes shrink, runs go on where they were.
 
 Times come from a stand-in clock that counts what a model computes, so that no test depends on the machine.
 """
