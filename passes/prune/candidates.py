@@ -98,10 +98,11 @@ class Candidates:
 
     def loss(self, levels: Levels) -> float:
         """Of the candidate on the samples; from memory if it was measured before."""
-        return self._losses.get(
+        (loss,) = self._losses.get(
             describe(self._units, levels),
-            lambda: self._stitched.loss(self._choices(levels), dropped_modules(self._units, levels)),
+            lambda: [self._stitched.loss(self._choices(levels), dropped_modules(self._units, levels))],
         )
+        return loss
 
     def build(self, levels: Levels) -> ir.Model:
         """The candidate as a model of its own; unchanged weights are shared."""

@@ -6,9 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-Number = TypeVar("Number", float, list[float])
 
 _WRITTEN_EVERY = 16
 """New entries; `write` at the end writes the rest."""
@@ -27,14 +24,14 @@ class Memory:
         self._known = self._read()
         self._unwritten = 0
 
-    def get(self, name: str, measure: Callable[[], Number]) -> Number:
+    def get(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
         """The measurement of that name, measured if it is not known."""
         if name not in self._known:
             self._known[name] = measure()
             self._unwritten += 1
             if self._unwritten >= _WRITTEN_EVERY:
                 self.write()
-        return self._known[name]  # type: ignore[no-any-return]
+        return self._known[name]
 
     def write(self) -> None:
         """Write everything, under another name first."""
@@ -43,7 +40,7 @@ class Memory:
         os.replace(temporary, self._path)
         self._unwritten = 0
 
-    def _read(self) -> dict[str, object]:
+    def _read(self) -> dict[str, list[float]]:
         try:
             entry = json.loads(self._path.read_text())
             return dict(entry["measured"]) if entry["key"] == self._key else {}

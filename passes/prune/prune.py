@@ -64,7 +64,7 @@ class Prune(Pass):
         samples: samples of the calibration data that losses are measured on.
         damp: added to the diagonal of the Hessian, relative to its mean.
         deployed_with: passes that the timed models go through first, as text; empty for none.
-        tolerance: largest relative deviation from the speed-up that ends the corrections.
+        deviation: the largest relative one from the speed-up asked for that ends the corrections.
         corrections: how often the search is repeated with a corrected budget where the deviation is larger.
         latency_table: file with a table of `planish latency` to use instead of measuring one.
         force_latency_table: use it although it was measured elsewhere.
@@ -92,7 +92,7 @@ class Prune(Pass):
     samples: int = 32
     damp: float = 0.01
     deployed_with: str = "fuse"
-    tolerance: float = 0.03
+    deviation: float = 0.03
     corrections: int = 4
     latency_table: Path | None = None
     force_latency_table: bool = False
@@ -112,8 +112,8 @@ class Prune(Pass):
         counts = ("batch", "sequence", "multiple", "evaluations", "samples")
         if any(getattr(self, name) < 1 for name in counts):
             raise PipelineError(f"prune: {', '.join(counts)} must be positive")
-        if self.damp < 0 or self.tolerance <= 0 or self.corrections < 0:
-            raise PipelineError("prune: damp and corrections must not be negative, tolerance positive")
+        if self.damp < 0 or self.deviation <= 0 or self.corrections < 0:
+            raise PipelineError("prune: damp and corrections must not be negative, deviation positive")
         check_deployed_with(self.deployed_with, self.name)
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
@@ -202,7 +202,7 @@ class Prune(Pass):
             units,
             deployment,
             ctx,
-            tolerance=self.tolerance,
+            deviation=self.deviation,
             corrections=self.corrections,
             table=self.latency_table,
             force=self.force_latency_table,

@@ -65,7 +65,7 @@ class TimeCosts:
         units: what levels are chosen for.
         deployment: where models run.
         ctx: of the pass.
-        tolerance: largest relative deviation of a measured speed-up.
+        deviation: the largest relative one of a measured speed-up.
         corrections: most repetitions of the search.
         table: file of a latency table to use; one is measured if absent.
         force: use it although it was measured elsewhere.
@@ -79,14 +79,14 @@ class TimeCosts:
         deployment: Deployment,
         ctx: PassContext,
         *,
-        tolerance: float,
+        deviation: float,
         corrections: int,
         table: Path | None,
         force: bool,
     ) -> None:
         self._model, self._units = model, units
         self._deployment, self._ctx = deployment, ctx
-        self._tolerance, self._corrections = tolerance, corrections
+        self._deviation, self._corrections = deviation, corrections
         self._points: list[tuple[float, float]] = []
         self._memory = Memory(ctx.state_folder() / "times.json", self._key())
         dense = self._timing([0] * len(units), lambda: model)
@@ -130,7 +130,7 @@ class TimeCosts:
     def reach(self, speedup: float, label: str, candidates: Candidates) -> Reached:
         """The best choice whose measured speed-up is the one asked for.
 
-        Where no attempt comes within the tolerance, the nearest one is returned, and a remark says so.
+        Where no attempt comes near enough, the nearest one is returned, and a remark says so.
         """
         for _ in range(_SHAPE_ROUNDS):
             levels = solve(candidates.errors, self._seconds, self._budget(speedup))
@@ -148,10 +148,10 @@ class TimeCosts:
                 f"{timing.original * 1e3:.4g} ms"
             )
             attempts.append((deviation, Reached(found.choice, label, text, found.loss)))
-            if deviation <= self._tolerance:
+            if deviation <= self._deviation:
                 break
         nearest, reached = min(attempts, key=lambda attempt: attempt[0])
-        if nearest > self._tolerance:
+        if nearest > self._deviation:
             self._ctx.remark(label, f"{nearest:.1%} off after {len(attempts)} searches")
         self._memory.write()
         return reached

@@ -114,13 +114,14 @@ def weights_at_levels(model: ir.Model, unit: Unit) -> npt.NDArray[np.float64]:
         shape = _shape(model, member.tensor)
         dense = left.get(member.tensor, np.full(len(gone), float(math.prod(shape))))
         left[member.tensor] = dense * (1.0 - gone * member.indices.size / shape[member.axis])
-    return np.sum(list(left.values()), axis=0)
+    total: npt.NDArray[np.float64] = np.sum(list(left.values()), axis=0)
+    return total
 
 
 def _shape(model: ir.Model, tensor: str) -> tuple[int, ...]:
     constant = model.graph.initializers[tensor].const_value
     assert constant is not None
-    return tuple(int(size) for size in constant.shape)
+    return constant.numpy().shape
 
 
 def apply_shapes(model: ir.Model, units: Sequence[Unit], levels: Sequence[int]) -> None:

@@ -119,7 +119,7 @@ def test_the_measured_speedup_is_the_one_asked_for(model, calibration, clock, sp
     dense = weights_of(model)
     prune(model, calibration, speedup=(speedup,))
     measured = ((OVERHEAD + dense) / (OVERHEAD + weights_of(model))) ** 1.1
-    assert measured == pytest.approx(speedup, rel=0.03)  # the pass's default tolerance
+    assert measured == pytest.approx(speedup, rel=0.03)  # the pass's default deviation
     verify(model)
 
 
