@@ -304,7 +304,8 @@ def write_markdown(path: Path, found: list[Check]) -> None:
         f"Random models, {LAYERS} layers, hidden size {HIDDEN}, FFN {2 * HIDDEN}, {HEADS} heads (the "
         f"decoder: {HEADS // 2} groups of two), {BATCHES * SEQUENCE} random tokens. Refits and scores: "
         "float64, without damping, against `numpy.linalg.lstsq` on the layers' inputs. Outputs: float32 in "
-        "onnxruntime, relative to the largest one.",
+        "onnxruntime, relative to the largest one; 0 where its products add in the order of the columns, so "
+        "that a zero in between changes no bit.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
