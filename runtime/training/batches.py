@@ -23,7 +23,7 @@ class _Sample:
 
     batch: int
     row: int | None
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: frozenset[tuple[str, tuple[int, ...]]]
     """Of each input without the batch axis: samples of equal shapes can be put together."""
 
 
@@ -91,7 +91,7 @@ def _samples(data: Sequence[Feeds], *, splits: bool) -> list[_Sample]:
         sizes = {array.shape[0] if array.ndim else None for array in feeds.values()}
         size = sizes.pop() if len(sizes) == 1 else None
         rows: Sequence[int | None] = [None] if size is None or not splits else range(size)
-        shapes = tuple(array.shape[1:] for array in feeds.values())
+        shapes = frozenset((name, array.shape[1:]) for name, array in feeds.items())
         found += [_Sample(index, row, shapes) for row in rows]
     return found
 
@@ -122,13 +122,15 @@ def feeds_for(model: ir.Model, feeds: Feeds) -> Feeds:
     """
     found: dict[str, np.ndarray] = {}
     for value in model.graph.inputs:
+        if value.const_value is not None:
+            continue  # an input with a default keeps it
         name = str(value.name)
         array = feeds.get(name)
         if array is not None and _fits(value, array):
             found[name] = array
         elif name.startswith(_CACHE):
             found[name] = _empty_cache(value, feeds)
-        elif array is not None or name not in model.graph.initializers:
+        else:
             problem = "is missing" if array is None else f"has the shape {list(array.shape)}"
             raise InputError(
                 f"training data: input {name!r} {problem}; the teacher's is {value.shape}; "

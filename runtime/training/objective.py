@@ -162,7 +162,7 @@ def _float_outputs(student: ir.Model, teacher: ir.Model) -> tuple[str, ...]:
 def _which_are_logits(outputs: tuple[str, ...], losses: Losses, labels: np.ndarray | None) -> frozenset[str]:
     if losses.outputs != "auto":
         return frozenset(outputs if losses.outputs == "logits" else ())
-    classifies = labels is not None and labels.dtype.kind in "iu" and len(outputs) == 1
+    classifies = labels is not None and labels.dtype.kind in "biu" and len(outputs) == 1
     return frozenset(outputs if classifies else set(outputs) & {_LOGITS})
 
 

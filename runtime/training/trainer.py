@@ -206,7 +206,8 @@ class _Run:
                     raise KeyboardInterrupt
         made = self._training.steps - start
         seconds = time.perf_counter() - seconds
-        self._save(self._training.steps)
+        if made:
+            self._save(self._training.steps)
         return Trained(
             parameters=dict(self._networks.parameters),
             before=self._before,
