@@ -84,7 +84,7 @@ class DropBlocks(Pass):
     protect: tuple[int, ...] = (0, 1, -1)
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    samples: int = 32
+    samples: int = 16
     tokens: int = 4096
     neighbours: int = 25
     batch: int = 1

@@ -42,39 +42,53 @@ def differential_entropy(rows: Array, neighbours: int) -> float:
     Raises:
         InputError: there are no more vectors than ``neighbours``.
     """
-    distances = _nearest_distances(rows, neighbours)
-    count, features = rows.shape
-    ball = 0.5 * features * np.log(np.pi) - gammaln(0.5 * features + 1)
-    with np.errstate(divide="ignore"):
-        logarithms = np.log(distances)
-    return float(digamma(count) - digamma(neighbours) + ball + features * logarithms.mean())
+    return _entropy(_nearest_distances(rows, neighbours), rows.shape[1], neighbours)
 
 
-def entropy_gain(before: Array, after: Array, neighbours: int) -> float:
-    """H(after) − H(before) in nats, features standardised.
-
-    Tokens with many copies in either are left out of both: under a causal mask the first token is the same in
-    every sample, and before the first attention a frequent word is; their entropy is minus infinity. Where
-    hardly any token is left, so is the whole entropy, and a block that tells copies apart gains infinity.
+class Cloud:
+    """The vectors that tokens are at one place of the stream, standardised.
 
     Args:
-        before, after: the same tokens in the same order, [tokens, features].
+        rows: [tokens, features], finite.
         neighbours: k.
+
+    Attributes:
+        distinct: [tokens], which do not have k copies of themselves. Under a causal mask the first token is
+            the same in every sample, and before the first attention a frequent word is.
 
     Raises:
         InputError: there are no more tokens than ``neighbours``.
     """
-    masks = [_distinct(rows, neighbours) for rows in (before, after)]
-    distinct = masks[0] & masks[1]
-    if distinct.sum() > neighbours:
-        first, second = (
-            differential_entropy(_standardised(rows[distinct]), neighbours) for rows in (before, after)
-        )
-        return second - first
-    can_tell = [bool(mask.sum() > neighbours) for mask in masks]
-    if can_tell[0] == can_tell[1]:
+
+    def __init__(self, rows: Array, neighbours: int) -> None:
+        self._rows, self._neighbours = rows, neighbours
+        self._distances = _nearest_distances(_standardised(rows), neighbours)
+        self.distinct: npt.NDArray[np.bool_] = self._distances > _COPY * math.sqrt(rows.shape[1])
+
+    def is_enough(self, chosen: npt.NDArray[np.bool_]) -> bool:
+        """Whether the entropy can be estimated from the chosen tokens alone."""
+        return int(chosen.sum()) > self._neighbours
+
+    def entropy(self, chosen: npt.NDArray[np.bool_]) -> float:
+        """The entropy of the chosen tokens, as if there were no others."""
+        if chosen.all():
+            return _entropy(self._distances, self._rows.shape[1], self._neighbours)
+        return differential_entropy(_standardised(self._rows[chosen]), self._neighbours)
+
+
+def entropy_gain(before: Cloud, after: Cloud) -> float:
+    """H(after) − H(before) in nats, of the same tokens in the same order.
+
+    Tokens that have many copies in either are left out of both: their entropy is minus infinity. Where hardly
+    any token is left, so is the whole entropy, and a block that tells copies apart gains infinity.
+    """
+    distinct = before.distinct & after.distinct
+    if before.is_enough(distinct):
+        return after.entropy(distinct) - before.entropy(distinct)
+    tells_apart = [cloud.is_enough(cloud.distinct) for cloud in (before, after)]
+    if tells_apart[0] == tells_apart[1]:
         return 0.0
-    return math.inf if can_tell[1] else -math.inf
+    return math.inf if tells_apart[1] else -math.inf
 
 
 def entropy_gains(
@@ -92,16 +106,22 @@ def entropy_gains(
         InputError: a value holds NaN or infinity, or there are too few tokens.
     """
     quota = -(-tokens // len(stream))
+    clouds: dict[str, Cloud] = {}
     for span in spans:
-        taken: tuple[list[Array], list[Array]] = ([], [])
-        for tap in stream.advance(span):
-            for name, rows in zip(span, taken, strict=True):
+        # Where blocks follow one another, one begins where the last one ended.
+        clouds = {name: cloud for name, cloud in clouds.items() if name in span}
+        new = [name for name in span if name not in clouds]
+        taken: dict[str, list[Array]] = {name: [] for name in new}
+        for tap in stream.advance(new):
+            for name, rows in taken.items():
                 rows.append(_spread(tap.rows(name), quota))
-        before, after = (np.concatenate(rows) for rows in taken)
-        for name, values in zip(span, (before, after), strict=True):
+        for name, rows in taken.items():
+            values = np.concatenate(rows)
             if not np.isfinite(values).all():
                 raise InputError(f"{name!r} holds NaN or infinity on the calibration data")
-        yield entropy_gain(before, after, neighbours)
+            clouds[name] = Cloud(values, neighbours)
+        before, after = span
+        yield entropy_gain(clouds[before], clouds[after])
 
 
 def _spread(rows: Array, count: int) -> Array:
@@ -120,10 +140,13 @@ def _standardised(rows: Array) -> Array:
     return np.where(varies, centred / np.where(varies, deviation, 1.0), 0.0)
 
 
-def _distinct(rows: Array, neighbours: int) -> npt.NDArray[np.bool_]:
-    """Which rows do not have ``neighbours`` copies of themselves."""
-    nearest = _nearest_distances(_standardised(rows), neighbours)
-    return np.asarray(nearest > _COPY * math.sqrt(rows.shape[1]))
+def _entropy(distances: Array, features: int, neighbours: int) -> float:
+    """The estimate from the distance of each vector to its k-th neighbour."""
+    ball = 0.5 * features * np.log(np.pi) - gammaln(0.5 * features + 1)
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(distances)
+    count = len(distances)
+    return float(digamma(count) - digamma(neighbours) + ball + features * logarithms.mean())
 
 
 def _nearest_distances(rows: Array, neighbours: int) -> Array:

@@ -9,7 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from planish.ir.errors import InputError
-from planish.passes.prune.entropy import differential_entropy, entropy_gain, entropy_gains
+from planish.passes.prune.entropy import Cloud, differential_entropy, entropy_gains
+from planish.passes.prune.entropy import entropy_gain as gain_of_clouds
 from planish.runtime.calibration import ActivationStream
 
 K = 25
@@ -17,6 +18,10 @@ K = 25
 
 def generator(seed=0):
     return np.random.default_rng(seed)
+
+
+def entropy_gain(before, after, neighbours):
+    return gain_of_clouds(Cloud(before, neighbours), Cloud(after, neighbours))
 
 
 @pytest.mark.parametrize("features", [1, 2, 4])
