@@ -72,7 +72,7 @@ class Database:
 
     def levels(self, group: str) -> Sequence[Level]:
         """The levels of the group of this name, in the order in which they were asked for."""
-        return self._entries[group].levels
+        return list(self._entries[group].levels.values())
 
     def choice(self, group: ChannelGroup, kept: int) -> Choice:
         """The structures that stay at a level, with the weights that consumers then have.
@@ -80,6 +80,9 @@ class Database:
         Args:
             group: one of those that the database was built for.
             kept: one of its levels; not 0, at which there is nothing to choose.
+
+        Raises:
+            KeyError: the group has no such level.
         """
         return self._entries[group.name].choice(group, kept)
 
@@ -89,12 +92,12 @@ class _Entry:
     """One group's levels and its file."""
 
     path: Path
-    levels: Sequence[Level]
+    levels: Mapping[int, Level]
     consumers: Sequence[ConsumerLayer]
     tensors: Mapping[str, ir.TensorProtocol]
 
     def choice(self, group: ChannelGroup, kept: int) -> Choice:
-        level = next(level for level in self.levels if level.kept == kept)
+        level = self.levels[kept]
         weights: dict[str, Array] = {}
         with safe_open(self.path, "numpy") as file:
             stored = set(file.keys())
@@ -195,17 +198,17 @@ class _Job:
         with safe_open(self.path, "numpy") as file:
             about = file.metadata()
             errors = json.loads(about["errors"])
-            found = [
-                Level(count, file.get_tensor(_stored_name(count)), errors[str(count)])
+            levels = {
+                count: Level(count, file.get_tensor(_stored_name(count)), errors[str(count)])
                 for count in self.counts
-            ]
+            }
         for text in json.loads(about["remarks"]):
             ctx.remark(self.group.name, text)
         names = {name for consumer in self.consumers for name in (consumer.name, consumer.bias) if name}
         tensors = {name: self._model.graph.initializers[name].const_value for name in names}
         return _Entry(
             self.path,
-            found,
+            levels,
             self.consumers,
             {name: tensor for name, tensor in tensors.items() if tensor is not None},
         )
@@ -273,7 +276,8 @@ class _Collector:
             if value in consumer.inputs
         }
         for source, consumer in readers.items():
-            self._moments.setdefault(source, Moments(consumer, len(self._stream), self._seed))
+            if source not in self._moments:
+                self._moments[source] = Moments(consumer, len(self._stream), self._seed)
         for tap in self._stream.advance([value]):
             for source in readers:
                 self._moments[source].update(tap, value)

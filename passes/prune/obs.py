@@ -307,8 +307,7 @@ class _State:
     def scores(self) -> Doubles:
         """[structures], the cost of each: tr(G_SS⁻¹ N_SS); of those that are gone, any number."""
         if self._width == 1:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                scores: Doubles = (self._gram_blocks / self._inverse_blocks)[:, 0, 0]
+            scores: Doubles = (self._gram_blocks / self._inverse_blocks)[:, 0, 0]
             return scores
         solved = np.linalg.solve(self._inverse_blocks, self._gram_blocks)
         traces: Doubles = np.trace(solved, axis1=1, axis2=2)

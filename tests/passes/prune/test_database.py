@@ -27,13 +27,14 @@ FLOAT = 2e-5
 class Builder:
     """Nodes and random weights, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype=np.float32) -> None:
+        self.dtype = dtype
         self.rng = np.random.default_rng(0)
         self.nodes: list[ir.Node] = []
         self.weights: list[ir.Value] = []
 
-    def weight(self, name, *shape, dtype=np.float32):
-        array = (self.rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype)
+    def weight(self, name, *shape):
+        array = (self.rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(self.dtype)
         self.weights.append(ir.val(name, const_value=ir.tensor(array, name=name)))
         return self.weights[-1]
 
@@ -63,9 +64,9 @@ def mlp(b, x, path, *, bias=True, gemm=False):
     return b.op("Add", x, down, name=f"{path}.out")
 
 
-def two_mlps(**options):
-    b = Builder()
-    x = ir.val("x", ir.DataType.FLOAT, ["rows", HIDDEN])
+def two_mlps(dtype=np.float32, **options):
+    b = Builder(dtype)
+    x = ir.val("x", ir.DataType.from_numpy(np.dtype(dtype)), ["rows", HIDDEN])
     y = mlp(b, mlp(b, x, "layers.0.mlp", **options), "layers.1.mlp")
     return b.model(x, y)
 
@@ -396,3 +397,73 @@ def test_a_group_whose_readers_cannot_be_observed_goes_by_magnitude_with_a_remar
     assert half.error == pytest.approx(np.sort(norms)[:4].sum() / norms.sum())
     assert "magnitude decides" in ctx.remarks[0].text
     assert not made.choice(alone, 4).weights
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_weights_keep_their_type(dtype, tmp_path):
+    model = two_mlps(dtype)
+    calibration = [{"x": feeds["x"].astype(dtype)} for feeds in data()]
+    made, structure, _ = build(model, tmp_path, calibration=calibration)
+    for group in structure.groups:
+        for array in made.choice(group, 3).weights.values():
+            assert array.dtype == dtype
+
+
+def test_several_consumers_also_with_another_groups_between_them(tmp_path):
+    """The channels of the residual stream are read before and after the inner channels of the first MLP."""
+    model = two_mlps()
+    (inner, _) = discover(model).groups
+    consumers = ["layers.0.mlp.up.weight", "layers.1.mlp.up.weight"]
+    each = np.arange(HIDDEN)[:, None]
+    stream = ChannelGroup(
+        "stream", "hidden", HIDDEN, tuple(Member(name, 0, each, "consumer") for name in consumers), ()
+    )
+    structure = Structure((stream, inner), (), (), discover(model).graph)
+    ctx = PassContext(target=get_target("portable"), calibration=data())
+    levels = {stream.name: [*range(HIDDEN, 0, -1)], inner.name: [INNER, 4]}
+    made = build_database(model, structure, levels, criterion="obs", damp=0.0, ctx=ctx, folder=tmp_path)
+    x = [np.concatenate([feeds["x"] for feeds in data()]).astype(np.float64)]
+    x.append(values(model, "layers.0.mlp.out", data()))
+    for level in made.levels(stream.name)[1:]:
+        errors = []
+        choice = made.choice(stream, level.kept)
+        for index, (name, rows) in enumerate(zip(consumers, x, strict=True)):
+            bias = array(model, f"layers.{index}.mlp.up.bias")
+            y = rows @ array(model, name) + bias
+            found = rows[:, level.keep] @ choice.weights[name][level.keep]
+            found += choice.weights[f"layers.{index}.mlp.up.bias"]
+            errors.append(np.square(found - y).sum() / np.square(y).sum())
+        assert level.error == pytest.approx(np.mean(errors), rel=1e-3, abs=FLOAT)
+    alone, _, _ = build(model, tmp_path / "alone", levels={inner.name: [INNER, 4]})
+    np.testing.assert_array_equal(made.levels(inner.name)[1].keep, alone.levels(inner.name)[1].keep)
+
+
+def test_consumers_of_one_value_share_its_moments(tmp_path, monkeypatch):
+    b = Builder()
+    x = ir.val("x", ir.DataType.FLOAT, ["rows", HIDDEN])
+    inner = b.op("Tanh", b.op("MatMul", x, b.weight("up.weight", HIDDEN, INNER)), name="inner")
+    parts = [b.op("MatMul", inner, b.weight(f"{name}.weight", INNER, 3)) for name in "qk"]
+    model = b.model(x, b.op("Mul", *parts, name="y"))
+    made_for = []
+
+    class Moments(database_module.Moments):
+        def __init__(self, consumer, *arguments):
+            made_for.append(consumer.name)
+            super().__init__(consumer, *arguments)
+
+    monkeypatch.setattr(database_module, "Moments", Moments)
+    made, structure, _ = build(model, tmp_path)
+    assert len(made_for) == 1
+    (group,) = structure.groups
+    rows = values(model, "inner", data())
+    for level in made.levels(group.name)[1:-1]:
+        for name, weight in made.choice(group, level.kept).weights.items():
+            solution = np.linalg.lstsq(rows[:, level.keep], rows @ array(model, name))[0]
+            np.testing.assert_allclose(weight[level.keep], solution, rtol=0, atol=20 * FLOAT)
+
+
+def test_levels_that_there_are_not(tmp_path):
+    model = two_mlps()
+    made, structure, _ = build(model, tmp_path, levels={"layers.0.mlp": [INNER, 4]})
+    with pytest.raises(KeyError):
+        made.choice(structure.group("layers.0.mlp"), 5)
