@@ -47,7 +47,7 @@ class _Share:
     """
 
     operands: Mapping[Place, Array]
-    inputs: Mapping[tuple[str, int], int]
+    inputs: Mapping[str, Mapping[int, int]]
 
 
 class FreeShapes:
@@ -125,14 +125,12 @@ class FreeShapes:
         if not sizes:
             return samples
         shell = clone(self._shell)
+        chosen = self._input_sizes(keeps)
         for value in shell.graph.inputs:
-            _resize(
-                value,
-                {axis: size for (name, axis), size in self._input_sizes(keeps).items() if name == value.name},
-            )
+            _resize(value, chosen.get(str(value.name), {}))
         result = [dict(fitted(feeds, shell)) for feeds in samples]
-        for feeds in result:
-            for (name, axis), size in sizes.items():
+        for name, axes in sizes.items():
+            for (axis, size), feeds in itertools.product(axes.items(), result):
                 feeds[name] = feeds[name].take(range(size), axis)
         return result
 
@@ -147,15 +145,14 @@ class FreeShapes:
     def _gone(self, name: str, keep: Indices) -> int:
         return self._groups[name].structures - len(keep)
 
-    def _input_sizes(self, keeps: Keeps) -> dict[tuple[str, int], int]:
+    def _input_sizes(self, keeps: Keeps) -> dict[str, dict[int, int]]:
         """The sizes of graph inputs, by name and axis, that are smaller than the dense ones."""
-        dense = {value.name: value for value in self._shell.graph.inputs}
-        sizes: dict[tuple[str, int], int] = {}
-        for group, keep in keeps.items():
-            for (name, axis), share in self._shares[group].inputs.items():
-                before = sizes.get((name, axis), static_dim(dense[name], axis))
-                assert before is not None
-                sizes[name, axis] = before - share * self._gone(group, keep)
+        sizes: dict[str, dict[int, int]] = {}
+        for value in self._shell.graph.inputs:
+            for group, keep in keeps.items():
+                for axis, share in self._shares[group].inputs.get(str(value.name), {}).items():
+                    axes = sizes.setdefault(str(value.name), {})
+                    axes[axis] = axes.get(axis, _size(value, axis)) - share * self._gone(group, keep)
         return sizes
 
     def _forget_sizes(self) -> None:
@@ -164,7 +161,8 @@ class FreeShapes:
         for value in (value for node in graph for value in node.outputs if not value.is_graph_output()):
             value.shape = None
         free = [(member.tensor, member.axis) for group in self._groups.values() for member in group.members]
-        free += [place for share in self._shares.values() for place in share.inputs]
+        for share in self._shares.values():
+            free += [(name, axis) for name, axes in share.inputs.items() for axis in axes]
         values = {value.name: value for value in graph.inputs} | dict(graph.initializers)
         for name, axis in free:
             _resize(values[name], {axis: None})
@@ -224,14 +222,19 @@ def _require_only_cut(model: ir.Model, shrunk: ir.Model, choice: Choice) -> None
             raise _FixedError(f"'{name}' does not only lose what goes with the group")
 
 
-def _input_shares(model: ir.Model, shrunk: ir.Model) -> dict[tuple[str, int], int]:
-    shares: dict[tuple[str, int], int] = {}
+def _input_shares(model: ir.Model, shrunk: ir.Model) -> dict[str, dict[int, int]]:
+    shares: dict[str, dict[int, int]] = {}
     for before, after in zip(model.graph.inputs, shrunk.graph.inputs, strict=True):
-        for axis in range(len(before.shape or ())):
-            old, new = static_dim(before, axis), static_dim(after, axis)
-            if old is not None and new is not None and old != new:
-                shares[str(before.name), axis] = old - new
+        for axis, (old, new) in enumerate(zip(before.shape or (), after.shape or (), strict=True)):
+            if old != new:
+                shares.setdefault(str(before.name), {})[axis] = _size(before, axis) - _size(after, axis)
     return shares
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    size = static_dim(value, axis)
+    assert size is not None  # only known sizes shrink
+    return size
 
 
 def _by_tensor(groups: Iterable[ChannelGroup]) -> dict[str, list[tuple[ChannelGroup, Member]]]:

@@ -57,7 +57,7 @@ class StitchedModel:
             dropped: modules whose branch goes.
 
         Raises:
-            InputError: a choice does not fit the model, or a module is not in it.
+            InputError: a module is not in the model.
         """
         if self._free.serves(choices, dropped):
             samples = self._free.samples(self._samples, choices, dropped)

@@ -239,6 +239,17 @@ def test_only_what_a_choice_touches_is_given_anew(case: Case):
     assert set(arrays) < set(free.replaceable)
 
 
+@pytest.mark.parametrize("case", ["vision"], indirect=True)
+def test_new_weights_that_nobody_foresaw_get_a_session_of_their_own(case: Case):
+    norm = "layernorm.weight"
+    scale = case.model.graph.initializers[norm].const_value.numpy()
+    group = next(group for group in case.groups if group.kind == "ffn")
+    choices, dropped = [Choice(group, np.arange(7), {norm: scale * 2})], case.dropped("attention")
+    expected = case.reference(choices, dropped)
+    assert expected > 1
+    assert case.stitched.loss(choices, dropped) == pytest.approx(expected, **CLOSE)
+
+
 @pytest.mark.parametrize("case", ["convolutional"], indirect=True)
 def test_there_must_be_samples(case: Case):
     with pytest.raises(InputError, match="there are none"):
