@@ -148,7 +148,7 @@ def train(
     Raises:
         InputError: there is no data, or it does not fit the models or the losses.
         PassError: a loss is not finite, or a checkpoint cannot be read.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written, if there is a folder.
     """
     hook = hook or NoHook()
     batches = Batches(data, student, size=training.batch, held_out=training.held_out, seed=seed)
@@ -303,7 +303,7 @@ def write_back(model: ir.Model, parameters: dict[str, torch.nn.Parameter]) -> No
         before = value.const_value
         assert before is not None
         with np.errstate(over="ignore"):  # said below
-            array = parameters.pop(name).detach().numpy().astype(before.dtype.numpy())
+            array = parameters.pop(name).detach().numpy().astype(before.dtype.numpy(), copy=False)
         if not np.isfinite(array).all():
             raise PassError(
                 f"training: {name!r} is not finite as {before.dtype.name}", hint="lower the learning rate"
