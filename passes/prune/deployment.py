@@ -47,7 +47,8 @@ class Deployment:
         target: where models run.
         batch: samples of a call.
         sequence: tokens of a sample, where inputs have such an axis.
-        examples: real inputs to tile to that size; made up if empty.
+        examples: real inputs to tile to that size; made up if none has all inputs of ``original``, such as
+            the caches that a pass before this one has removed.
         deployed_with: text of the pipeline.
     """
 
@@ -64,7 +65,9 @@ class Deployment:
         self.target = target
         self.batch, self.sequence = batch, sequence
         self.deployed_with = deployed_with
-        self.feeds = deployment_feeds(original, batch=batch, sequence=sequence, examples=examples)
+        self.feeds = deployment_feeds(
+            original, batch=batch, sequence=sequence, examples=_complete(examples, original)
+        )
         self._original = self.deployed(original)
         self._repeats = _FEWEST
 
@@ -88,3 +91,9 @@ class Deployment:
         seconds = {name: entry.median_ms / 1e3 for name, entry in latency.items()}
         self._repeats = max(_FEWEST, min(_MOST, round(_SECONDS / seconds[_ORIGINAL])))
         return Timing(seconds[_ORIGINAL], seconds[_CANDIDATE])
+
+
+def _complete(examples: Sequence[Feeds], model: ir.Model) -> list[Feeds]:
+    """Those that have all inputs of a model."""
+    inputs = {str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers}
+    return [feeds for feeds in examples if inputs <= set(feeds)]

@@ -195,14 +195,16 @@ class DropBlocks(Pass):
             target=ctx.target,
             batch=self.batch,
             sequence=self.sequence,
-            examples=ctx.examples,
+            examples=ctx.examples or ctx.calibration,
             deployed_with=self.deployed_with,
         )
 
         def measured(count: int) -> float:
+            # Without all of them, the order does not matter: it may cost many runs to find.
+            everything = count == len(order.units)
+            units = order.units if everything else [removal.unit for removal in order.first(count)]
             candidate = clone(model)
-            removals = order.first(count)
-            drop(candidate, [module for removal in removals for module in removal.unit.modules])
+            drop(candidate, [module for unit in units for module in unit.modules])
             return deployment.measure(candidate).speedup
 
         number, reached = fewest_reaching(target, len(order.units), measured)

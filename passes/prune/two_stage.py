@@ -142,7 +142,7 @@ class TwoStage(Pass):
             target=ctx.target,
             batch=self.batch,
             sequence=self.sequence,
-            examples=ctx.examples,
+            examples=ctx.examples or ctx.calibration,
             deployed_with=self.deployed_with,
         )
 
