@@ -6,7 +6,7 @@ stream; `shrink` and `drop` remove them, so that no mask is left.
 
 from .discover import discover
 from .drop import drop
-from .groups import ChannelGroup, Choice, Member, ResidualModule, Structure, Unprunable
+from .groups import ChannelGroup, Choice, Member, ResidualModule, Structure, Unprunable, new_weights
 from .shrink import shrink
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Unprunable",
     "discover",
     "drop",
+    "new_weights",
     "shrink",
 ]

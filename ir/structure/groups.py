@@ -7,7 +7,7 @@ clones of it and for pieces cut out of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import networkx
@@ -181,3 +181,30 @@ class Choice:
     group: ChannelGroup
     keep: Indices
     weights: Mapping[str, npt.NDArray[np.generic]] = dataclasses.field(default_factory=dict)
+
+
+def new_weights(choices: Sequence[Choice]) -> dict[str, npt.NDArray[np.generic]]:
+    """The new values of all choices' tensors, by name, in their full dense shapes.
+
+    Where a weight reads several groups side by side, each group's choice says what becomes of its
+    own indices.
+    """
+    weights: dict[str, npt.NDArray[np.generic]] = {}
+    for choice in choices:
+        for name, array in choice.weights.items():
+            if name in weights:
+                array = _with_own_indices(weights[name], array, choice.group, name)
+            weights[name] = array
+    return weights
+
+
+def _with_own_indices(
+    base: npt.NDArray[np.generic], new: npt.NDArray[np.generic], group: ChannelGroup, name: str
+) -> npt.NDArray[np.generic]:
+    result = base.copy()
+    for member in group.consumers:
+        if member.tensor == name:
+            into, source = (np.moveaxis(array, member.axis, 0) for array in (result, new))
+            own = member.indices.reshape(-1)
+            into[own] = source[own]
+    return result

@@ -26,7 +26,7 @@ from ..external import release
 from ..views.values import integer, number
 from .corrections import correct
 from .dimensions import relate
-from .groups import Choice, Indices
+from .groups import Choice, Indices, new_weights
 from .kept import Kept
 
 _AGAIN = "discover the structure of this model, and choose again"
@@ -48,7 +48,7 @@ def shrink(model: ir.Model, choices: Sequence[Choice]) -> None:
     for choice in choices:
         _check(choice, model.graph)
     kept = _kept(model, choices)
-    weights = {name: array for choice in choices for name, array in choice.weights.items()}
+    weights = new_weights(choices)
     factors = _correct_rms_norms(model.graph, kept)
     for node in list(model.graph):
         correct(node, kept)

@@ -373,6 +373,16 @@ def test_of_a_consumer_that_reads_other_groups_too_only_the_own_columns_change(t
         kept = columns[choice.keep]
         solution = np.linalg.lstsq(rows[:, kept], rows[:, columns] @ dense[columns])[0]
         np.testing.assert_allclose(choice.weights["down.weight"][kept], solution, rtol=0, atol=20 * FLOAT)
+    shrunk = clone(model)
+    choices = [made.choice(group, 2) for group in groups]
+    shrink(shrunk, choices)
+    parts = [
+        rows[:, own[choice.group.name][choice.keep]]
+        @ choice.weights["down.weight"][own[choice.group.name][choice.keep]]
+        for choice in choices
+    ]
+    found = np.concatenate([run_model(shrunk, feeds)["y"] for feeds in data()])
+    np.testing.assert_allclose(found, sum(parts) + array(model, "down.bias"), atol=20 * FLOAT)
 
 
 def test_a_group_whose_readers_cannot_be_observed_goes_by_magnitude_with_a_remark(tmp_path):
