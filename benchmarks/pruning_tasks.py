@@ -67,6 +67,21 @@ class Settings:
     targets: tuple[float, ...] = TARGETS
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a method gave.
+
+    Attributes:
+        files: by speed-up that was asked for; none after a failure.
+        seconds: that it took for all of them.
+        failure: the error that ended it.
+    """
+
+    files: Mapping[float, Path]
+    seconds: float
+    failure: str = ""
+
+
 class Snapshots(Instrument):
     """Keeps the model as it is after each distillation, by the speed-up that it was pruned to."""
 
@@ -109,27 +124,28 @@ class Pruner:
             self._compile("canonicalize,fuse").save(path)
         return path
 
-    def pruned(self, method: str) -> dict[str, object]:
-        """Run a method unless its files are there; gives its outcome: ``seconds``, and ``failure`` if any."""
+    def pruned(self, method: str) -> Outcome:
+        """Run a method, unless its files are there. A failure is told, and tried again next time."""
         folder = self._folder / method.replace(" ", "-").replace(",", "")
         folder.mkdir(exist_ok=True)
-        done = folder / "outcome.json"
+        files = {target: folder / f"{label(target)}.onnx" for target in self._settings.targets}
         # Through JSON, as what is read: a tuple comes back as a list.
         settings = json.loads(json.dumps(dataclasses.asdict(self._settings)))
+        done = folder / "done.json"
         if done.exists():
-            outcome = json.loads(done.read_text())
-            if outcome.pop("settings") == settings:
-                return {**outcome, "folder": folder}
+            known = json.loads(done.read_text())
+            if known["settings"] == settings:
+                return Outcome(files=files, seconds=known["seconds"])
         start = time.perf_counter()
-        failure = ""
         try:
-            for name, compiled in self._models(method, folder / "state").items():
-                compiled.save(folder / f"{name}.onnx")
+            models = self._models(method, folder / "state")
         except PlanishError as error:
-            failure = str(error)
-        outcome = {"seconds": time.perf_counter() - start, "failure": failure}
-        done.write_text(json.dumps({**outcome, "settings": settings}, indent=1))
-        return {**outcome, "folder": folder}
+            return Outcome(files={}, seconds=time.perf_counter() - start, failure=str(error))
+        for target, path in files.items():
+            models[label(target)].save(path)
+        seconds = time.perf_counter() - start
+        done.write_text(json.dumps({"seconds": seconds, "settings": settings}, indent=1))
+        return Outcome(files=files, seconds=seconds)
 
     def _models(self, method: str, state: Path) -> dict[str, planish.CompiledModel]:
         if method == GRADUAL:
@@ -182,41 +198,41 @@ class Pruner:
 
 def measure(task: Task, pruner: Pruner, methods: Sequence[str], console: Console) -> TaskRows:
     """Run the methods, then judge and time all of their files together with the dense one."""
-    files, rows, failures, seconds = {}, [], {}, {}
+    outcomes = {}
     for method in methods:
-        outcome = pruner.pruned(method)
-        seconds[method] = float(str(outcome["seconds"]))
-        if outcome["failure"]:
-            failures[method] = str(outcome["failure"])
-        else:
-            files |= {(method, path.stem): path for path in Path(str(outcome["folder"])).glob("*.onnx")}
-        console.print(f"{task.name}: {method}: {outcome['failure'] or f'{seconds[method]:.0f} s'}")
-    dense = pruner.dense()
-    sessions = {key: open_file(path) for key, path in {("", "dense"): dense, **files}.items()}
-    times = latencies({" ".join(key): session for key, session in sessions.items()}, task.deployment_feeds())
-    dense_ms = times[" dense"].median_ms
-    for (method, name), path in files.items():
-        rows.append(
-            Row(
-                method=method,
-                target=float(name.removesuffix("x")),
-                speedup=dense_ms / times[f"{method} {name}"].median_ms,
-                accuracy=accuracy(sessions[method, name], task.test),
-                megabytes=path.stat().st_size / 1e6,
-            )
+        outcomes[method] = pruner.pruned(method)
+        said = outcomes[method].failure or f"{outcomes[method].seconds:.0f} s"
+        console.print(f"{task.name}: {method}: {said}")
+    files = {("dense", 1.0): pruner.dense()} | {
+        (method, target): path
+        for method, outcome in outcomes.items()
+        for target, path in outcome.files.items()
+    }
+    sessions = {key: open_file(path) for key, path in files.items()}
+    times = latencies(sessions, task.deployment_feeds())
+    judged = {
+        (method, target): Row(
+            method=method,
+            target=target,
+            speedup=times["dense", 1.0].median_ms / times[method, target].median_ms,
+            accuracy=accuracy(sessions[method, target], task.test),
+            megabytes=path.stat().st_size / 1e6,
         )
+        for (method, target), path in files.items()
+    }
+    whole = judged.pop(("dense", 1.0))
     return TaskRows(
         name=task.name,
         title=task.title,
         batch=task.batch,
         sequence=task.sequence,
         tests=len(task.test["labels"]),
-        dense_accuracy=accuracy(sessions["", "dense"], task.test),
-        dense_ms=dense_ms,
-        dense_megabytes=dense.stat().st_size / 1e6,
-        rows=sorted(rows, key=lambda row: (row.target, tasks_report.METHODS.index(row.method))),
-        seconds=seconds,
-        failures=failures,
+        dense_accuracy=whole.accuracy,
+        dense_ms=times["dense", 1.0].median_ms,
+        dense_megabytes=whole.megabytes,
+        rows=sorted(judged.values(), key=lambda row: row.target),
+        seconds={method: outcome.seconds for method, outcome in outcomes.items()},
+        failures={method: outcome.failure for method, outcome in outcomes.items() if outcome.failure},
     )
 
 

@@ -137,7 +137,10 @@ def accuracy(session: onnxruntime.InferenceSession, data: Data) -> float:
     return right / len(data[LABELS])
 
 
-def latencies(sessions: Mapping[str, onnxruntime.InferenceSession], feeds: Data) -> dict[str, Latency]:
+def latencies(
+    sessions: Mapping[tuple[str, float], onnxruntime.InferenceSession], feeds: Data
+) -> dict[tuple[str, float], Latency]:
     """What a call takes, all files in turns."""
-    runs = {name: functools.partial(session.run, None, dict(feeds)) for name, session in sessions.items()}
-    return interleaved_latency(runs, repeats=_TIMED_CALLS)
+    runs = {str(key): functools.partial(session.run, None, dict(feeds)) for key, session in sessions.items()}
+    found = interleaved_latency(runs, repeats=_TIMED_CALLS)
+    return {key: found[str(key)] for key in sessions}
