@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..ir import clone
-from ..ir.structure import ChannelGroup, Choice, Member, ResidualModule, shrink
+from ..ir.structure import ChannelGroup, Choice, Member, ResidualModule, new_weights, shrink
 from ..ir.views import Convolution, Linear, convolutions, linears
 from ..ir.views.values import static_dim
 from .calibration.data import Feeds, fitted
@@ -102,7 +102,7 @@ class FreeShapes:
     def arrays(self, choices: Sequence[Choice], dropped: Sequence[ResidualModule]) -> dict[str, Array]:
         """Of the initializers that are `replaceable`, those that change, with their new values."""
         keeps = self._keeps(choices) | self._least(dropped)
-        new = {name: array for choice in choices for name, array in choice.weights.items()}
+        new = new_weights(choices)
         arrays: dict[str, Array] = {self._gates[module.name]: np.zeros(1) for module in dropped}
         for name, dense in self._dense.items():
             members = [entry for entry in self._members.get(name, ()) if entry[0].name in keeps]
