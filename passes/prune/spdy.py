@@ -9,8 +9,12 @@ solutions of the problem that adds up,
 
 with p the error of each level in its own layer: the coefficients c say how much the units matter, each c
 gives one choice, and the search mutates the c of the choice that lost least. The solutions come from a
-dynamic programme over time buckets. SPDY (Frantar and Alistarh, 2022), structured as in ZipLM (Kurtic,
-Frantar and Alistarh, 2023).
+dynamic programme over time buckets. What no coefficients can say, such as that one level of a unit is better
+than its error says, is found in the second half of the search: it takes the best choice, and moves time from
+some units to another.
+
+The programme and the coefficient search are SPDY's (Frantar and Alistarh, 2022), for structures as in ZipLM
+(Kurtic, Frantar and Alistarh, 2023); the exchange of levels is an addition.
 """
 
 from __future__ import annotations
@@ -25,12 +29,17 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 Progress = Callable[[Sequence[int], str], Iterator[int]]
 
+_COEFFICIENTS_SHARE = 0.5
+"""Of the evaluations, how many are of solutions for coefficients; the others exchange levels."""
 _RANDOM_SHARE = 0.1
 """Of the evaluations, how many are of random coefficients, before those of mutated ones."""
 _MUTATED_SHARE = 0.1
 """Of the coefficients, how many are mutated at once."""
-_MOST_REPEATS = 100
-"""The search ends where so many coefficients in a row only give choices that were seen before."""
+_MOST_RANKS = 3
+"""By how many levels one unit gets slower in an exchange."""
+_MOST_REPEATS = 50
+"""Where so many proposals of one kind in a row were all seen before, the other kind's turn comes; and where
+those were seen too, the search ends."""
 
 
 def solve(
@@ -87,13 +96,11 @@ def _steps(
     # Beyond twice what the slowest levels take, all fit however they are rounded.
     spare = min(max(spare, 0.0), 2.0 * float(sum(times.max() for times in above)))
     width = spare / buckets if spare else np.inf
-    found = []
-    for times in above:
-        fits = times <= spare
-        found.append(
-            np.where(fits, np.ceil(np.where(fits, times, 0.0) / width), buckets + 1).astype(np.int64)
-        )
-    return found
+    # Clipped before the division: a time may be too many buckets for an integer.
+    return [
+        np.where(times <= spare, np.ceil(np.minimum(times, spare) / width), buckets + 1).astype(np.int64)
+        for times in above
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +109,8 @@ class Found:
 
     Attributes:
         choice: the index of the level of each unit.
-        coefficients: [units] what the error of each unit was multiplied by where the choice came up.
+        coefficients: [units] what the error of each unit was multiplied by where the choice, or the one that
+            it was exchanged from, came up.
         loss: the fitness of the choice.
         evaluations: different choices that were looked at.
     """
@@ -146,26 +154,35 @@ def search(
     Returns:
         None if even the fastest levels take longer than the budget.
     """
+    if solve(errors, seconds, budget) is None:
+        return None
     untried = _first_coefficients(len(errors), start, evaluations, rng)
-    best: Found | None = None
+    best = Found((), untried[0], np.inf, 0)
     seen: set[tuple[int, ...]] = set()
-    for _ in progress(range(evaluations), "search levels"):
-        for _ in range(_MOST_REPEATS):
-            coefficients = untried.pop(0) if best is None or untried else _mutated(best.coefficients, rng)
-            weighted = [factor * unit for factor, unit in zip(coefficients, errors, strict=True)]
-            solved = solve(weighted, seconds, budget)
-            if solved is None:
-                return None
-            choice = tuple(solved)
-            if choice not in seen:
-                break
-        else:
+
+    def by_coefficients() -> tuple[tuple[int, ...], Doubles]:
+        coefficients = untried.pop(0) if untried else _mutated(best.coefficients, rng)
+        weighted = [factor * unit for factor, unit in zip(coefficients, errors, strict=True)]
+        return tuple(solve(weighted, seconds, budget) or ()), coefficients
+
+    def by_exchange() -> tuple[tuple[int, ...], Doubles]:
+        return _exchanged(best.choice, seconds, budget, rng), best.coefficients
+
+    for done in progress(range(evaluations), "search levels"):
+        first, second = by_coefficients, by_exchange
+        if done >= _COEFFICIENTS_SHARE * evaluations:
+            first, second = second, first
+        proposals = (way() for way in (first, second) for _ in range(_MOST_REPEATS))
+        choice, coefficients = next(
+            (new for new in proposals if new[0] not in seen), (None, best.coefficients)
+        )
+        if choice is None:
             break
         seen.add(choice)
         loss = float(fitness(choice))
-        if best is None or loss < best.loss:
+        if loss < best.loss or not best.choice:
             best = Found(choice, coefficients, loss, len(seen))
-    return best and dataclasses.replace(best, evaluations=len(seen))
+    return dataclasses.replace(best, evaluations=len(seen))
 
 
 def _first_coefficients(
@@ -185,3 +202,28 @@ def _mutated(coefficients: Doubles, rng: np.random.Generator) -> Doubles:
     result = coefficients.copy()
     result[changed] = anew if rng.random() < 0.5 else moved
     return result
+
+
+def _exchanged(
+    choice: tuple[int, ...], seconds: Sequence[npt.NDArray[Any]], budget: float, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """One unit takes a slower level; others, in random order, faster ones as the budget needs."""
+    order = [np.argsort(times, kind="stable") for times in seconds]
+    times = [unit[ranked].tolist() for unit, ranked in zip(seconds, order, strict=True)]
+    ranks = [ranked.tolist().index(level) for ranked, level in zip(order, choice, strict=True)]
+
+    def is_over() -> bool:
+        return bool(sum(unit[rank] for unit, rank in zip(times, ranks, strict=True)) > budget)
+
+    slower, *others = rng.permutation(len(choice)).tolist()
+    ranks[slower] = min(ranks[slower] + int(rng.integers(1, _MOST_RANKS + 1)), len(times[slower]) - 1)
+    for unit in others:
+        while is_over() and ranks[unit]:
+            ranks[unit] -= 1
+    if is_over():
+        return choice
+    for unit in [*reversed(others), slower]:  # what the last step freed too much
+        while not is_over() and ranks[unit] < len(times[unit]) - 1:
+            ranks[unit] += 1
+        ranks[unit] -= is_over()
+    return tuple(int(ranked[rank]) for ranked, rank in zip(order, ranks, strict=True))

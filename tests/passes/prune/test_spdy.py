@@ -137,10 +137,25 @@ def test_measured_sensitivities_are_tried_early():
     additive = lambda choice: sum(  # noqa: E731
         weight * unit[level] for weight, unit, level in zip(MATTERS, ALIKE, choice, strict=True)
     )
-    found = run(additive, evaluations=2, start=MATTERS * 1e-3)
+    found = run(additive, evaluations=4, start=MATTERS * 1e-3)
     best = solve([weight * unit for weight, unit in zip(MATTERS, ALIKE, strict=True)], TIMES, BUDGET)
     assert list(found.choice) == best
-    assert found.evaluations == 2
+    assert found.evaluations == 4
+
+
+def test_exchanges_find_what_no_coefficients_do():
+    """Level 1 is slower than level 2 and worse by its error: no solution has it, but the loss is least."""
+    errors = [np.array([0.0, 0.6, 0.5, 1.0])] * 3
+    seconds = [np.array([1.0, 0.6, 0.5, 0.1])] * 3
+    found = search(
+        errors,
+        seconds,
+        1.8,
+        lambda choice: 3.0 - sum(level == 1 for level in choice),
+        evaluations=30,
+        rng=np.random.default_rng(0),
+    )
+    assert found.choice == (1, 1, 1)
 
 
 def test_no_choice_is_evaluated_twice_and_the_search_ends_when_there_are_no_more():
