@@ -1,0 +1,292 @@
+"""Pruning together with other passes: what each of them cost and gained on one model.
+
+    python benchmarks/pruning_composition.py                                   # writes results/
+    python benchmarks/pruning_composition.py --models wikilm --speedups 2 --distill 200
+
+Each row is a pipeline that starts from the dense float model: pruned to a measured speed-up, with or without
+distillation, then as it is, or rotated (where the norms allow that) and quantised by GPTQ. Files run in plain
+onnxruntime; those of one model are timed in turns. Speed-ups are over the dense float model.
+
+Errors are those of `planish.compile`'s contract check: the graph after a pass against the graph before it, on
+one call of the deployment. Files and figures are kept in ``--output``, and what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import planish
+import pruning_subjects
+import wikilm
+from planish.ir.errors import PlanishError
+from planish.runtime.calibration import CalibrationData
+from planish.runtime.measure import interleaved_latency
+from pruning_subjects import DENSE, OnnxFile, Subject
+from rich.console import Console
+from sentence_embeddings import processor
+
+_RESULTS = Path(__file__).parent / "results" / "pruning_composition.md"
+_ROTATE = "fold-norms,rotate{rotations=[R1,R2],kind=random-hadamard}"
+ROTATIONS = {"wikilm": _ROTATE}
+"""Of models whose norms are RMS norms before the blocks; the sentence model's come after."""
+QUANTIZE = {
+    "W4A16": "quantize{scheme=W4A16_ASYM,group_size=32,algorithm=gptq,embeddings=false}",
+    "W8A8": "quantize{scheme=W8A8,activations=token,algorithm=gptq,embeddings=false}",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the rows besides the models.
+
+    Attributes:
+        speedups: that models are pruned to.
+        evaluations: of the search for one target.
+        samples: calibration samples that losses are measured on.
+        steps: of the distillation after pruning; 0 for none.
+    """
+
+    speedups: tuple[float, ...]
+    evaluations: int
+    samples: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pipeline.
+
+    Attributes:
+        name: what it does, in short.
+        passes: its text.
+        file: of the compiled model; empty after a failure.
+        quality: figures by the metric's name.
+        megabytes: of the file.
+        report: of the compilation, as plain data.
+        failure: why there is no file.
+        milliseconds: of one call.
+        speedup: over the first row.
+    """
+
+    name: str
+    passes: str
+    file: str = ""
+    quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    megabytes: float = 0.0
+    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    failure: str = ""
+    milliseconds: float = 0.0
+    speedup: float = 0.0
+
+
+def pipelines(subject: Subject, settings: Settings) -> Iterator[Row]:
+    """The rows, without figures; the dense model first."""
+    yield Row(name="dense", passes=DENSE)
+    yield from _quantized(subject, "", "")
+    for speedup in settings.speedups:
+        # Channels in the groups that share a scale.
+        prune = (
+            f"prune{{speedup={speedup:g},batch={subject.batch},sequence={subject.sequence},multiple=32,"
+            f"evaluations={settings.evaluations},samples={settings.samples}}},"
+        )
+        name = f"prune {speedup:g}×"
+        yield Row(name=name, passes=f"canonicalize,{prune}fuse")
+        yield from _quantized(subject, f"{name} → ", prune)
+        if settings.steps:
+            prune += f"distill{{steps={settings.steps}}},"
+            name += " → distill"
+            yield Row(name=name, passes=f"canonicalize,{prune}fuse")
+            yield from _quantized(subject, f"{name} → ", prune)
+
+
+def _quantized(subject: Subject, name: str, before: str) -> Iterator[Row]:
+    rotate = ROTATIONS.get(subject.name, "")
+    middle = f"{rotate},fuse" if rotate else "fuse"
+    how = "rotate → GPTQ" if rotate else "GPTQ"
+    for scheme, quantize in QUANTIZE.items():
+        yield Row(name=f"{name}{how} {scheme}", passes=f"canonicalize,{before}{middle},{quantize}")
+
+
+class Work:
+    """The files and figures of one model, kept as they are finished.
+
+    Args:
+        subject: the model.
+        folder: for its files.
+        say: takes a line on what was done.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, say: Callable[[str], None]) -> None:
+        self._subject, self._folder, self._say = subject, folder, say
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, row: Row) -> Row:
+        """The row with its file and all figures but those of time."""
+        file = self._folder / f"{''.join(c if c.isalnum() else '-' for c in row.name.lower())}.onnx"
+        figures = file.with_suffix(".json")
+        if figures.exists():
+            known = Row(**json.loads(figures.read_text()))
+            if known.passes == row.passes:
+                return known
+        try:
+            compiled = self._compile(row.passes)
+        except PlanishError as error:
+            self._say(f"{self._subject.name}: {row.name}: {error.message}")
+            return dataclasses.replace(row, failure=error.message)
+        compiled.save(file)
+        finished = dataclasses.replace(
+            row,
+            file=file.name,
+            quality=self._subject.judge(OnnxFile(file)),
+            megabytes=file.stat().st_size / 1e6,
+            report=compiled.report.as_dict(),
+        )
+        partial = figures.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(finished)))
+        partial.replace(figures)
+        value = finished.quality[self._subject.metric.name]
+        self._say(
+            f"{self._subject.name}: {row.name}: {self._subject.metric.name} "
+            f"{self._subject.metric.text(value)}"
+        )
+        return finished
+
+    def _compile(self, passes: str) -> planish.CompiledModel:
+        graph = self._subject.graph
+        names = {value.name for value in graph.graph.inputs}
+        call = {name: array for name, array in self._subject.deployment_feeds().items() if name in names}
+        return planish.compile(
+            graph,
+            passes,
+            # With the decoder's cache, which calls may leave out.
+            example_inputs=next(iter(CalibrationData.read([call], graph, None))),
+            calibration=self._subject.calibration,
+            target=self._subject.target,
+            check="contract",
+            state=self._folder / "state",
+        )
+
+    def timed(self, rows: Sequence[Row], repeats: int) -> list[Row]:
+        """With the time of a call, all files in turns."""
+        feeds = self._subject.deployment_feeds()
+        files = {row.name: OnnxFile(self._folder / row.file).timed(feeds) for row in rows if row.file}
+        latency = interleaved_latency(files, repeats=repeats)
+        dense = latency[rows[0].name].median_ms
+        return [
+            dataclasses.replace(
+                row, milliseconds=latency[row.name].median_ms, speedup=dense / latency[row.name].median_ms
+            )
+            if row.file
+            else row
+            for row in rows
+        ]
+
+
+def lines(subject: Subject, rows: Sequence[Row]) -> Iterator[str]:
+    """One model's tables."""
+    metrics = subject.metrics
+    yield from ("", f"## {subject.title}", "")
+    yield f"| pipeline | {' | '.join(metric.name for metric in metrics)} | MB | of dense | speed-up | ms |"
+    yield "|---" * (5 + len(metrics)) + "|"
+    for row in rows:
+        if row.failure:
+            yield f"| {row.name} | {row.failure} |" + " |" * (3 + len(metrics))
+            continue
+        cells = [
+            row.name,
+            *(metric.text(row.quality[metric.name]) for metric in metrics),
+            f"{row.megabytes:.1f}",
+            f"{row.megabytes / rows[0].megabytes:.0%}",
+            f"{row.speedup:.2f}×",
+            f"{row.milliseconds:.2f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield from ("", "What each pass did, cost and gained:", "")
+    yield "| pipeline | pass | covered | weights, MB | nodes | s | cosine to before, mean | KL to before |"
+    yield "|---" * 8 + "|"
+    for row in rows:
+        if not row.failure:
+            yield from pass_lines(row)
+
+
+def pass_lines(row: Row) -> Iterator[str]:
+    """A line for each pass of a pipeline that changed the model."""
+    for report in row.report["passes"]:
+        if not report["modified"] and report["coverage"] is None:
+            continue
+        coverage = report["coverage"]
+        covered = f"{coverage['covered']} of {coverage['total']} {coverage['unit']}" if coverage else ""
+        weights = f"{report['weight_bytes_before'] / 1e6:.1f} → {report['weight_bytes_after'] / 1e6:.1f}"
+        error = next(
+            (error for name, error in report["errors"].items() if not name.startswith("present")), None
+        )
+        cells = [
+            row.name,
+            report["name"],
+            covered,
+            weights,
+            f"{report['nodes_before']} → {report['nodes_after']}",
+            f"{report['seconds']:.1f}",
+            "" if error is None else f"{error['cosine_mean']:.5f}",
+            "" if error is None or error["kl_divergence"] is None else f"{error['kl_divergence']:.4f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    wikilm.add_arguments(parser)
+    names = ("wikilm", "sentences-b1")
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--speedups", nargs="+", type=float, default=(1.5, 2.0))
+    parser.add_argument("--distill", type=int, default=0, help="steps of a distillation after pruning")
+    parser.add_argument("--evaluations", type=int, default=500, help="of the search for one target")
+    parser.add_argument("--calibration", type=int, default=256, help="sentences or windows")
+    parser.add_argument("--samples", type=int, default=64, help="of them that losses are measured on")
+    parser.add_argument("--repeats", type=int, default=64, help="timed calls of each file")
+    parser.add_argument("--output", type=Path, default=Path("composition-output"), help="where work is kept")
+    parser.add_argument("--report", type=Path, default=_RESULTS, help="Markdown file for the tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compile, time, and write the tables."""
+    arguments = parse_arguments()
+    settings = Settings(
+        speedups=tuple(sorted(arguments.speedups)),
+        evaluations=arguments.evaluations,
+        samples=arguments.samples,
+        steps=arguments.distill,
+    )
+    console = Console(width=160)
+    found = wikilm.WikiLM.find(arguments.shared)
+    document = [
+        "# Pruning together with rotation and quantisation",
+        "",
+        f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Speed-ups are over the "
+        f"dense float model, all files of a model timed in turns, {arguments.repeats} calls each, medians. "
+        f"Calibration on {arguments.calibration} sentences or windows; the sentence model is judged on the "
+        f"benchmark's 240 sentences, the language model on {arguments.windows} windows of other text. "
+        "*Cosine* and *KL to before*: the graph after a pass against the one before it.",
+    ]
+    for name in arguments.models:
+        subject = pruning_subjects.subject(
+            name, found, samples=arguments.calibration, windows=arguments.windows
+        )
+        work = Work(subject, arguments.output / name, lambda line: console.print(f"[dim]{line}[/dim]"))
+        rows = [work.finished(row) for row in pipelines(subject, settings)]
+        document += lines(subject, work.timed(rows, arguments.repeats))
+    arguments.report.write_text(
+        "\n".join([*document, "", "Written by `benchmarks/pruning_composition.py`.", ""])
+    )
+
+
+if __name__ == "__main__":
+    main()
