@@ -446,3 +446,12 @@ def test_an_attention_whose_cache_is_needed_stays():
     (skip,) = result.coverage.skipped
     assert skip.name == "layers.0"
     assert "no cache is left" in skip.reason
+
+
+def test_a_model_that_has_lost_caches_is_timed_against_the_original(llama):
+    """Its data lacks the caches of layer 0, which the original still reads."""
+    model = clone(llama)
+    drop_blocks(model, llama_data(llama), count=1, targets=("model.layers.0.self_attn",))
+    options = {"speedup": 1.0001, "sequence": 4, "deployed_with": "fuse"}
+    _, _, ctx = drop_blocks(model, llama_data(model), original=llama, **options)
+    assert ctx.remarks[0].text.startswith("measured speed-up ")
