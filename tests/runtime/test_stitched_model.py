@@ -293,3 +293,30 @@ def test_groups_that_cannot_be_freed_get_a_session_of_their_own(monkeypatch):
         assert case.stitched.loss(choices, []) == pytest.approx(expected, **CLOSE)
     monkeypatch.setattr(stitched_model, "Session", lambda model: pytest.fail("a session of its own"))
     assert case.stitched.loss(both[1:], []) == pytest.approx(case.reference(both[1:]), **CLOSE)
+
+
+def test_sizes_of_a_split():
+    model = parsed(
+        """g (float[n, 4] x) => (float[n, 3] y) <int64[2] sizes = {6, 6}> {
+            h = MatMul(x, up) a, b = Split <axis: int = -1> (h, sizes)
+            s = Sigmoid(a) t = Mul(s, b) y = MatMul(t, down) }""",
+        up=(4, 12),
+        down=(6, 3),
+    )
+    case = Case(model, [{"x": np.random.default_rng(2).standard_normal((5, 4)).astype(np.float32)}])
+    assert case.stitched.fixed == {}
+    (group,) = case.groups
+    assert group.structures == 6
+    for kept in range(1, 6):
+        choices = [case.choice(group, kept, np.random.default_rng(kept))]
+        assert case.stitched.loss(choices, []) == pytest.approx(case.reference(choices), **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["decoder"], indirect=True)
+def test_the_residual_width_under_a_norm_gets_a_session_of_its_own(case: Case):
+    """Its shrinking changes the norm's ε, an attribute."""
+    (hidden,) = (group for group in case.structure.groups if group.kind == "hidden")
+    stitched = StitchedModel(case.model, case.structure, [hidden], case.samples)
+    assert "says a size in an attribute" in stitched.fixed[hidden.name]
+    choices = [Choice(hidden, np.arange(20))]
+    assert stitched.loss(choices, []) == pytest.approx(case.reference(choices), **CLOSE)
