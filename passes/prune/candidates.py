@@ -57,6 +57,8 @@ class Candidates:
     ) -> None:
         self._model, self._units, self._database, self._ctx = model, units, database, ctx
         self._stitched = StitchedModel(model, structure, [unit.group for unit in units], samples)
+        for name, reason in self._stitched.fixed.items():
+            ctx.remark(name, f"its candidates take a session each, which is slower: {reason}")
         self._evaluations = evaluations
         self._start: Doubles | None = None
         self._losses = Memory(memory, database.key)
