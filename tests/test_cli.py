@@ -13,12 +13,12 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from planish import cli
+from planish import cli, cli_pruning
 from planish.ir.errors import ModelError
 from planish.passes.infrastructure.facts import facts_of
 from typer.testing import CliRunner
 
-COMMANDS = ("compile", "inspect", "passes", "benchmark", "compare", "diff", "bisect")
+COMMANDS = ("compile", "inspect", "structure", "latency", "passes", "benchmark", "compare", "diff", "bisect")
 
 
 def write_model(path: Path, *, scale: float = 1.0, name: str = "logits") -> Path:
@@ -46,6 +46,7 @@ def model(tmp_path):
 def _wide(monkeypatch):
     monkeypatch.setattr(cli.out, "_width", 160)
     monkeypatch.setattr(cli.err, "_width", 160)
+    monkeypatch.setattr(cli_pruning.out, "_width", 160)
 
 
 def run(*words: object):
@@ -141,6 +142,40 @@ def test_inspect_survives_metadata_that_others_wrote(model):
     onnx.helper.set_model_props(proto, {"planish.report": "not json", "planish.recipe": "- fuse"})
     onnx.save(proto, model)
     assert "- fuse" in ok("inspect", model)
+
+
+def test_structure_shows_what_can_be_pruned(model):
+    text = ok("structure", model)
+    assert "up.weight" in text
+    assert "producer" in text
+    assert "consumer" in text
+
+
+def test_latency_measures_saves_and_shows_a_table(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path / "cache"))
+    table = tmp_path / "table.json"
+    measured = ok("latency", model, "-o", table, "--batch", 4, "-t", "portable", "--multiple", 16)
+    shown = ok("latency", "--show", table)
+    assert shown.strip() == measured.strip()
+    assert set(json.loads(table.read_text())["seconds"].popitem()[1]) >= {"64", "48", "16"}
+    assert "expected a model or --show" in fails("latency", model, "--show", table)
+    assert "is not a folder" in fails("latency", model, "-o", tmp_path / "none" / "table.json")
+
+
+def test_compile_writes_a_file_for_every_target_of_pruning(model, tmp_path):
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, x=np.random.default_rng(1).standard_normal((64, 32)).astype(np.float32))
+    output, state = tmp_path / "out.onnx", tmp_path / "state"
+    passes = "canonicalize,prune{sparsity=[0.25,0.5],evaluations=2},distill{steps=2,squarehead=0}"
+    text = ok(
+        "compile", model, "-o", output, "-p", passes, "-t", "portable", "--calibration", inputs, "--training",
+        inputs, "--state", state,
+    )  # fmt: skip
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("out*.onnx")}
+    assert sizes.keys() == {"out", "out-0.25"}
+    assert sizes["out"] < sizes["out-0.25"]
+    assert "out-0.25.onnx" in text
+    assert {path.name for path in state.iterdir()} == {"prune-0", "distill-0"}
 
 
 def test_passes_lists_and_describes():

@@ -90,7 +90,7 @@ class Prune(Pass):
     multiple: int = 8
     evaluations: int = 200
     samples: int = 32
-    damp: float = 0.01
+    damp: float = 0.1
     deployed_with: str = "fuse"
     deviation: float = 0.03
     corrections: int = 4
