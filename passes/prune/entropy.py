@@ -24,7 +24,7 @@ import numpy.typing as npt
 from scipy.special import digamma, gammaln
 
 from ...ir.errors import InputError
-from ...runtime.calibration import ActivationStream
+from ...runtime.calibration import ActivationStream, Tap
 
 Array = npt.NDArray[Any]
 
@@ -114,7 +114,7 @@ def entropy_gains(
         taken: dict[str, list[Array]] = {name: [] for name in new}
         for tap in stream.advance(new):
             for name, rows in taken.items():
-                rows.append(_spread(tap.rows(name), quota))
+                rows.append(_spread(_token_rows(tap, name), quota))
         for name, rows in taken.items():
             values = np.concatenate(rows)
             if not np.isfinite(values).all():
@@ -122,6 +122,12 @@ def entropy_gains(
             clouds[name] = Cloud(values, neighbours)
         before, after = span
         yield entropy_gain(clouds[before], clouds[after])
+
+
+def _token_rows(tap: Tap, name: str) -> Array:
+    """[tokens, features]; of images [batch, channels, height, width], pixels are the tokens."""
+    array = tap.array(name)
+    return tap.rows(name) if array.ndim != 4 else np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
 
 
 def _spread(rows: Array, count: int) -> Array:

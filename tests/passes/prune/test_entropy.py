@@ -158,6 +158,21 @@ def test_tokens_are_taken_from_every_batch():
     assert gain == pytest.approx(entropy_gain(rows, after, 5), abs=1e-3)  # sines of float32 products
 
 
+def test_the_pixels_of_images_are_tokens():
+    """A block that mixes channels only: as if the pixels were rows."""
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+    g (float[batch, 3, 7, 5] x) => (float[batch, 3, 7, 5] y) { c = Conv (x, w) s = Sin (c) y = Add (x, s) }"""
+    proto = onnx.parser.parse_model(text)
+    weight = (generator(28).standard_normal((3, 3, 1, 1)) * 3).astype(np.float32)
+    proto.graph.initializer.append(ir.to_proto(ir.tensor(weight, name="w")))
+    images = generator(29).standard_normal((4, 3, 7, 5)).astype(np.float32)
+    stream = ActivationStream(ir.from_proto(proto), [{"x": images}])
+    (gain,) = entropy_gains(stream, [("x", "y")], tokens=999, neighbours=K)
+    rows = images.transpose(0, 2, 3, 1).reshape(-1, 3)
+    after = rows + np.sin(rows @ weight[:, :, 0, 0].T)
+    assert gain == pytest.approx(entropy_gain(rows, after, K), abs=1e-4)  # float32 sines
+
+
 def test_values_that_are_not_finite_are_named():
     with pytest.raises(InputError, match="'y' holds NaN or infinity"):
         list(
