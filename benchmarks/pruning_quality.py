@@ -275,9 +275,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="speed-ups")
     parser.add_argument("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
     parser.add_argument("--torch-pruning", type=Path, metavar="FOLDER", help="where it is installed")
-    parser.add_argument("--evaluations", type=int, default=500, help="of the search for one target")
+    parser.add_argument("--evaluations", type=int, default=200, help="of the search for one target")
     parser.add_argument("--calibration", type=int, default=256, help="sentences or windows")
-    parser.add_argument("--samples", type=int, default=64, help="of them that losses are measured on")
+    parser.add_argument("--samples", type=int, default=32, help="of them that losses are measured on")
     parser.add_argument("--repeats", type=int, default=64, help="timed calls of each file")
     parser.add_argument("--output", type=Path, default=Path("pruning-output"), help="where the work is kept")
     parser.add_argument("--report", type=Path, help="Markdown file for the tables; the plot comes beside it")
@@ -305,13 +305,16 @@ def main() -> None:
         and settings.methods == (*METHODS, PEER)
     )
     path = arguments.report or (_RESULTS if is_whole else None)
+    if path is not None:
+        pruning_report.require_matplotlib()
     finished = sections(settings, arguments, lambda line: console.print(f"[dim]{line}[/dim]"))
-    lines = pruning_report.lines(finished, header(settings, arguments))
+    image = "" if path is None else path.with_suffix(".svg").name
+    lines = pruning_report.lines(finished, header(settings, arguments), image)
     if path is None:
         print("\n".join(lines))
         return
-    pruning_report.plot(finished, path.with_suffix(".svg"))
     path.write_text("\n".join(lines))
+    pruning_report.plot(finished, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

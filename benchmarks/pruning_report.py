@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 from pruning_subjects import Metric
 from sentence_embeddings import processor
@@ -94,27 +94,36 @@ class Section:
         speedups, values = zip(*sorted([(1.0, self.dense[self.metric.name]), *points]), strict=True)
         return list(speedups), list(values)
 
-    def at(self, method: str, speedup: float) -> float:
-        """A method's figure at a speed that it was not run at: between its neighbours there, straight.
+    def dominating(self, ours: Row) -> list[str]:
+        """Methods with a model, for whichever target, that is at least as fast and at least as good."""
+        return list(
+            dict.fromkeys(
+                row.method
+                for row in self.rows
+                if row.file
+                and row.method != ours.method
+                and row.speedup >= ours.speedup
+                and not self.metric.better(self.value(ours), self.value(row))
+            )
+        )
 
-        Perplexities by their logarithms. Beyond a method's fastest model there is no figure: NaN.
-        """
-        speedups, values = self.curve(method)
-        if self.metric.higher_is_better:
-            return float(np.interp(speedup, speedups, values, right=math.nan))
-        return float(np.exp(np.interp(speedup, speedups, np.log(values), right=math.nan)))
 
+def lines(sections: Sequence[Section], header: str, image: str) -> list[str]:
+    """The whole document.
 
-def lines(sections: Sequence[Section], header: str) -> list[str]:
-    """The whole document."""
+    Args:
+        sections: one for each model.
+        header: what was done.
+        image: file name of the plot beside it; empty for none.
+    """
     found = [
         "# Quality of pruned models at equal measured speed",
         "",
         f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Speed-ups are those of ONNX "
         f"files in plain onnxruntime, over the dense float model. {header}",
-        "",
-        "![Quality against measured speed-up](pruning_quality.svg)",
     ]
+    if image:
+        found += ["", f"![Quality against measured speed-up]({image})"]
     for section in sections:
         dense = ", ".join(
             f"{metric.name} {metric.text(section.dense[metric.name])}" for metric in section.metrics
@@ -129,13 +138,13 @@ def lines(sections: Sequence[Section], header: str) -> list[str]:
 def verdict(section: Section) -> Iterator[str]:
     """For each target: whether ZipLM met it, and which methods it beats.
 
-    A method may have landed at another speed than ZipLM. So it is also compared with what it has, straight
-    between its own models, at ZipLM's measured speed.
+    A method may have landed at another speed than ZipLM, so the last but one column names those that have a
+    model which is at least as fast as ZipLM's and at least as good.
     """
     name = section.metric.name
     yield (
         f"| target | ZipLM measured | within {CLOSE:.0%} | {name} | beats | does not beat "
-        "| does not beat at equal speed | did not reach the target |"
+        "| as fast and as good | did not reach the target |"
     )
     yield "|---" * 8 + "|"
     for target in section.targets:
@@ -150,13 +159,6 @@ def verdict(section: Section) -> Iterator[str]:
         beaten = [
             method for method, row in reached.items() if section.metric.better(value, section.value(row))
         ]
-        level = [
-            method
-            for method in section.methods
-            if method != ZIPLM
-            and not math.isnan(at := section.at(method, ours.speedup))
-            and not section.metric.better(value, at)
-        ]
         cells = [
             f"{target:g}×",
             f"{ours.speedup:.2f}× ({ours.deviation:+.1%})",
@@ -164,7 +166,7 @@ def verdict(section: Section) -> Iterator[str]:
             section.metric.text(value),
             f"{len(beaten)} of {len(reached)}",
             "; ".join(_with_value(section, row) for m, row in reached.items() if m not in beaten) or "none",
-            "; ".join(level) or "none",
+            "; ".join(section.dominating(ours)) or "none",
             "; ".join(row.method for row in others if row.failure) or "none",
         ]
         yield f"| {' | '.join(cells)} |"
@@ -215,16 +217,20 @@ def table(section: Section) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def plot(sections: Sequence[Section], path: Path) -> None:
-    """Quality against measured speed-up, one panel for each model, one line for each method.
+def require_matplotlib() -> None:
+    """Before the work of hours whose result it is to draw.
 
     Raises:
-        SystemExit: matplotlib is not installed.
+        SystemExit: it is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("the plot needs matplotlib: pip install -e '.[bench]'") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("the plot needs matplotlib: pip install -e '.[bench]'")
+
+
+def plot(sections: Sequence[Section], path: Path) -> None:
+    """Quality against measured speed-up, one panel for each model, one line for each method."""
+    import matplotlib
+
     matplotlib.use("svg")
     # The same figures give the same file.
     matplotlib.rcParams["svg.hashsalt"] = "planish"
