@@ -28,6 +28,7 @@ from ..ir.structure import ChannelGroup, Choice, Member, ResidualModule, new_wei
 from ..ir.views import Convolution, Linear, convolutions, linears
 from ..ir.views.values import static_dim
 from .calibration.data import Feeds, fitted
+from .gates import add_gates
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -81,7 +82,7 @@ class FreeShapes:
         self._operands = _own_operands(
             graph, {place for share in self._shares.values() for place in share.operands}
         )
-        self._gates = _add_gates(graph, modules)
+        self._gates = add_gates(graph, modules)
         names = dict.fromkeys([*self._members, *_biases(model, self._members)])
         self._dense = {name: _data(graph.initializers[name]) for name in names}
         self._shell = _without_nodes(model)
@@ -265,28 +266,6 @@ def _own_operands(graph: ir.Graph, places: Collection[Place]) -> dict[Place, str
                 continue
             name = names[position, index] = f"planish.size.{position}.{index}"
             node.replace_input_with(index, _registered(graph, name, _data(shared)))
-    return names
-
-
-def _add_gates(graph: ir.Graph, modules: Iterable[ResidualModule]) -> dict[str, str]:
-    """Multiply the branches of modules by gates that are 1: the gates' names, by module."""
-    adds = {node.outputs[0].name: node for node in graph if node.op_type == "Add"}
-    names: dict[str, str] = {}
-    for module in modules:
-        add = adds.get(module.output)
-        branch = (
-            next((value for value in add.inputs if value and value.name == module.branch), None)
-            if add
-            else None
-        )
-        if add is None or branch is None or branch.dtype is None:
-            continue
-        name = names[module.name] = f"planish.gate.{module.name}"
-        gate = _registered(graph, name, np.ones(1, branch.dtype.numpy()))
-        product = ir.node("Mul", [branch, gate], name=name)
-        product.outputs[0].name, product.outputs[0].type = f"{name}.branch", branch.type
-        graph.insert_before(add, product)
-        add.replace_input_with(add.inputs.index(branch), product.outputs[0])
     return names
 
 

@@ -27,8 +27,9 @@ from ...ir.errors import InputError, PassError, PipelineError, TargetError
 from ...ir.views import Linear, linears
 from ...runtime.sensitivity import WeightSensitivity, first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
+from ..infrastructure.patterns import matches
 from ..quantize.layer_plan import Planner
-from ..quantize.selection import SCHEME_KEY, matches
+from ..quantize.selection import SCHEME_KEY
 from .candidates import Candidate, parse_candidate
 from .layers import Catalogue, Group, Option, changed_weights
 from .program import Budget, choose

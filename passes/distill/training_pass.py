@@ -21,7 +21,7 @@ from ...runtime.training import (
 from ...runtime.training.losses import OutputKind
 from ...runtime.training.schedule import Decay
 from ..infrastructure.base import Contract, Fact, Pass, PassContext
-from ..quantize.selection import matches
+from ..infrastructure.patterns import matches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

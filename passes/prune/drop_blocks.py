@@ -28,7 +28,7 @@ from ...ir.structure import ResidualModule, Structure, discover, drop
 from ...runtime.calibration import ActivationStream
 from ...runtime.sensitivity import first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
-from ..quantize.selection import matches
+from ..infrastructure.patterns import matches
 from .deployed import check_deployed_with
 from .deployment import Deployment
 from .depth import (

@@ -25,7 +25,7 @@ from ...ir.errors import InputError, PassError, PipelineError
 from ...ir.structure import Structure, discover
 from ...runtime.latency_table import LatencyTable
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
-from ..quantize.selection import matches
+from ..infrastructure.patterns import matches
 from .candidates import Candidates, fitness_samples
 from .database import build_database
 from .deployed import check_deployed_with

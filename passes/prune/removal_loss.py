@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ...ir import clone
 from ...ir.errors import PassError
 from ...ir.structure import ResidualModule
+from ...runtime.gates import add_gates
 from ...runtime.sensitivity import WeightSensitivity
 from ..infrastructure.base import Feeds
 
@@ -46,38 +47,18 @@ class RemovalLoss:
         weights: Sequence[str] = (),
     ) -> None:
         gated = clone(model)
-        self._gates = _add_gates(gated, modules)
-        names = [str(gate.name) for gate in self._gates.values()]
-        self._sensitivity = WeightSensitivity(gated, [*names, *weights], samples)
+        self._gates = add_gates(gated.graph, modules)
+        odd = next((module for module in modules if module.name not in self._gates), None)
+        if odd is not None:
+            raise PassError(f"{odd.name}: expected {odd.output!r} to add the branch {odd.branch!r}")
+        self._sensitivity = WeightSensitivity(gated, [*self._gates.values(), *weights], samples)
 
     def __call__(
         self, removed: Collection[ResidualModule], changed: Mapping[str, Array] | None = None
     ) -> float:
         """The change of the outputs without ``removed`` and with ``changed`` weights: `WeightSensitivity`."""
-        closed = {str(self._gates[module.name].name): np.zeros(1) for module in removed}
+        closed = {self._gates[module.name]: np.zeros(1) for module in removed}
         return self._sensitivity.loss({**closed, **(changed or {})})
-
-
-def _add_gates(model: ir.Model, modules: Sequence[ResidualModule]) -> dict[str, ir.Value]:
-    """Multiply each module's branch by a gate that is 1, in place: the gates by module name."""
-    values = {str(value.name): value for node in model.graph for value in node.outputs}
-    gates: dict[str, ir.Value] = {}
-    for module in modules:
-        branch, output = values[module.branch], values[module.output]
-        add = output.producer()
-        if add is None or branch not in add.inputs or branch.dtype is None:
-            raise PassError(f"{module.name}: expected {module.output!r} to add the branch {module.branch!r}")
-        name = f"planish.gate.{module.name}"
-        one = ir.tensor(np.ones(1, branch.dtype.numpy()), name=name)
-        gate = ir.Value(name=name, type=ir.TensorType(one.dtype), shape=ir.Shape([1]), const_value=one)
-        model.graph.register_initializer(gate)
-        product = ir.node("Mul", [branch, gate])
-        product.outputs[0].name = f"{name}.branch"
-        product.outputs[0].type, product.outputs[0].shape = branch.type, branch.shape
-        model.graph.insert_before(add, product)
-        add.replace_input_with(add.inputs.index(branch), product.outputs[0])
-        gates[module.name] = gate
-    return gates
 
 
 def greedy_removals(

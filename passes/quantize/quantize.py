@@ -29,12 +29,13 @@ from ...ir.errors import PipelineError, TargetError
 from ...ir.views import Convolution, Linear, convolutions, linears
 from ...runtime.calibration.ranges import Method
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
+from ..infrastructure.patterns import matches
 from .algorithms import ALGORITHMS, algorithm
 from .calibrated import CalibratedQuantizer, LayerErrors, Plan
 from .embedding_tables import embedding_tables, quantize_table, reason_to_skip_table
 from .layer_plan import LayerPlan, Planner
 from .scheme import Scheme, parse_scheme
-from .selection import DENSE, ConfigGroup, matches, parse_groups, scheme_from_metadata
+from .selection import DENSE, ConfigGroup, parse_groups, scheme_from_metadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

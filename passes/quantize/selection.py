@@ -10,8 +10,7 @@ For each layer, the first of these that says something decides:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -24,29 +23,7 @@ DENSE = "dense"
 
 ConfigGroup = Mapping[str, bool | int | str | tuple[str, ...]]
 
-_REGULAR_EXPRESSION = "re:"
 _GROUP_KEYS = frozenset({"targets", "scheme", "group_size", "symmetric"})
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether ``name`` is one of ``patterns``.
-
-    A pattern is a module path or its last parts (``lm_head`` matches ``model.lm_head``), or ``re:`` and a
-    regular expression that must match the beginning of the name, as in the recipes of compressed-tensors.
-
-    Raises:
-        PipelineError: a regular expression cannot be compiled.
-    """
-    return any(_matches(name, pattern) for pattern in patterns)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if not pattern.startswith(_REGULAR_EXPRESSION):
-        return name == pattern or name.endswith("." + pattern)
-    try:
-        return re.match(pattern.removeprefix(_REGULAR_EXPRESSION), name) is not None
-    except re.error as error:
-        raise PipelineError(f"quantize: {pattern!r} is not a regular expression: {error}") from error
 
 
 def parse_groups(groups: Mapping[str, ConfigGroup]) -> list[tuple[tuple[str, ...], Scheme]]:

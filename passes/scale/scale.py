@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from ...ir.errors import PipelineError
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
+from ..infrastructure.patterns import matches
 from ..quantize.scheme import parse_scheme
-from ..quantize.selection import matches
 from .awq import AWQ
 from .fold import Doubles, fold
 from .method import Method
