@@ -138,7 +138,7 @@ class Pruner:
                 return Outcome(files=files, seconds=known["seconds"])
         start = time.perf_counter()
         try:
-            models = self._models(method, folder / "state")
+            models = self._models(method)
         except PlanishError as error:
             return Outcome(files={}, seconds=time.perf_counter() - start, failure=str(error))
         for target, path in files.items():
@@ -147,9 +147,11 @@ class Pruner:
         done.write_text(json.dumps({"seconds": seconds, "settings": settings}, indent=1))
         return Outcome(files=files, seconds=seconds)
 
-    def _models(self, method: str, state: Path) -> dict[str, planish.CompiledModel]:
+    def _models(self, method: str) -> dict[str, planish.CompiledModel]:
         if method == GRADUAL:
-            return self._gradual(state)
+            return self._gradual(self._folder / "gradual-state")
+        # With and without distillation from the same state: the same models, and nothing measured twice.
+        state = self._folder / "one-shot-state"
         distill = "" if method == ONE_SHOT else f",{self._distill(_STAGES_TO_TWO)}"
         compiled = self._compile(f"canonicalize,{self._prune(*self._settings.targets)}{distill},fuse", state)
         return {**compiled.alternatives, label(max(self._settings.targets)): compiled}

@@ -84,9 +84,21 @@ def fit(
     batch: int,
     learning_rate: float,
     say: Callable[[str], None],
+    noise: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Train with AdamW, one cycle of the learning rate, labels smoothed by 0.1; end in evaluation mode."""
+    """Train with AdamW, one cycle of the learning rate, labels smoothed by 0.1; end in evaluation mode.
+
+    Args:
+        module: in which mode does not matter.
+        data: with labels.
+        epochs: rounds over the data.
+        batch: samples per update.
+        learning_rate: at its highest.
+        say: told the loss after each round.
+        noise: deviation of Gaussian noise on float inputs.
+        seed: of the order and the noise.
+    """
     tensors = {name: torch.from_numpy(array) for name, array in data.items()}
     labels = tensors.pop(LABELS)
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +112,11 @@ def fit(
         total = 0.0
         # The last samples of a round that do not fill a batch wait for the next round.
         for chosen in torch.randperm(len(labels), generator=generator)[: steps * batch].split(batch):
-            logits = module(**{name: tensor[chosen] for name, tensor in tensors.items()})["logits"]
+            feeds = {name: tensor[chosen] for name, tensor in tensors.items()}
+            for tensor in feeds.values():
+                if tensor.is_floating_point():
+                    tensor += noise * torch.randn(tensor.shape, generator=generator)
+            logits = module(**feeds)["logits"]
             loss = torch.nn.functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

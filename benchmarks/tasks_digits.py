@@ -15,6 +15,8 @@ from torch.nn import functional
 
 _CLASSES = 10
 _TEST_SHARE = 0.25
+_NOISE = 0.3
+"""Deviation, in units of the images': so few are soon learned by heart."""
 _BATCH = 64
 """Of the deployment: matrix products take the time then, not calls."""
 _STEPS, _DISTILL = 300, "batch=64,learning_rate=1e-3,task=1.0"
@@ -163,7 +165,15 @@ def _task(
     training, test = digits()
 
     def train() -> None:
-        fit(module, training, epochs=epochs, batch=batch, learning_rate=learning_rate, say=say)
+        fit(
+            module,
+            training,
+            epochs=epochs,
+            batch=batch,
+            learning_rate=learning_rate,
+            noise=_NOISE,
+            say=say,
+        )
 
     return Task(
         name=name,
