@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..walk import subgraphs_of
-from .facts import Dimension, Fact, Pin, Relation, Use, pin_all
+from .facts import Dimension, Fact, Pin, Relation, Use, label, pin_all
 from .groups import Indices
 from .rules import facts
 
@@ -103,7 +103,8 @@ def _captured(node: ir.Node, graph: ir.Graph) -> Iterator[Fact]:
         for inner in (body, *body.subgraphs()):
             for reader in inner:
                 outer = [value for value in reader.inputs if value is not None and value.graph is graph]
-                yield from pin_all(outer, f"the body of {node.op_type} '{node.name}' reads it")
+                for pin in pin_all(outer, f"the body of {label(node)} reads it"):
+                    yield dataclasses.replace(pin, unknown_op=True)
 
 
 def _caches(graph: ir.Graph) -> set[ir.Value]:

@@ -81,18 +81,19 @@ def label(node: ir.Node) -> str:
 
 
 def same(first: ir.Value | None, axis: int, second: ir.Value | None, other_axis: int) -> Iterator[Fact]:
-    """Every index of one axis goes with the same index of the other; axes of size 1 are broadcast."""
+    """Every index of one axis goes with the same index of the other; axes of size 1 are broadcast.
+
+    An axis whose size is not known on the other side, or is another, cannot be followed and stays.
+    """
     if first is None or second is None:
         return
-    size, other = width(first, axis), width(second, other_axis)
-    if size is not None and size == other:
-        yield Relation(dimension(first, axis), dimension(second, other_axis))
-        return
-    # A size that is known on one side only: the axis cannot be followed any further.
-    if size is not None and static_dim(second, other_axis) is None:
-        yield Pin(dimension(first, axis), f"its size is not known at '{second.name}'")
-    if other is not None and static_dim(first, axis) is None:
-        yield Pin(dimension(second, other_axis), f"its size is not known at '{first.name}'")
+    size, other = static_dim(first, axis), static_dim(second, other_axis)
+    if size == other and size is not None:
+        if size > 1:
+            yield Relation(dimension(first, axis), dimension(second, other_axis))
+    elif 1 not in (size, other):
+        for value, along, there in ((first, axis, second), (second, other_axis, first)):
+            yield from pin(value, [along], f"its size is not known, or another, at '{there.name}'")
 
 
 def pairs(

@@ -121,15 +121,10 @@ def convolution(node: ir.Node) -> Iterator[Fact]:
 
 
 def batch_norm(node: ir.Node) -> Iterator[Fact]:
-    """Each channel is normalised on its own, by constants."""
+    """Each channel is normalised on its own, by constants or by its own mean and variance."""
     yield from first_input(node)
     for parameter in node.inputs[1:5]:
         yield from same(parameter, 0, node.inputs[0], 1)
-
-
-def instance_norm(node: ir.Node) -> Iterator[Fact]:
-    """Each channel is normalised on its own, by its mean and variance."""
-    yield from batch_norm(node)
 
 
 def group_norm(node: ir.Node) -> Iterator[Fact]:
@@ -258,13 +253,12 @@ def attention(node: ir.Node) -> Iterator[Fact]:
         for operand in (query, key, value, target):
             yield from pin(operand, (2, 3), f"{label(node)} works on whole heads")
     for scores in (input_at(node, 3), *node.outputs[3:4]):
-        if (
-            scores is not None
-            and scores.shape is not None
-            and rank(scores) >= 3
-            and width(scores, -3) == heads
-        ):
+        if scores is None or scores.shape is None or rank(scores) < 3 or static_dim(scores, -3) == 1:
+            continue
+        if static_dim(scores, -3) == heads:
             yield from _heads(scores, rank(scores) - 3, heads, target, axis, per_head)
+        else:
+            yield from pin(target, [axis], f"the heads of '{scores.name}' are not known")
 
 
 def _heads(
@@ -296,7 +290,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), layout_rules.reshape),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"), pooling),
     **dict.fromkeys(("LogSoftmax", "Softmax"), softmax),
-    **dict.fromkeys(("Shape", "Size"), nothing),
     "Attention": attention,
     "BatchNormalization": batch_norm,
     "Concat": layout_rules.concat,
@@ -306,13 +299,14 @@ RULES: dict[str, Rule] = {
     "GatherND": layout_rules.gather_nd,
     "Gemm": gemm,
     "GroupNormalization": group_norm,
-    "InstanceNormalization": instance_norm,
+    "InstanceNormalization": batch_norm,
     "LayerNormalization": layer_norm,
     "MatMul": matmul,
     "Pad": layout_rules.pad,
     "RMSNormalization": rms_norm,
     "Resize": resize,
     "RotaryEmbedding": rotary_embedding,
+    "Shape": nothing,
     "SequenceAt": layout_rules.sequence_at,
     "Slice": layout_rules.slice_,
     "Split": layout_rules.split,

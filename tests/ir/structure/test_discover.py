@@ -340,3 +340,55 @@ def test_looking_up_by_name(graph: Parse) -> None:
         structure.group("mpl")
     with pytest.raises(InputError, match="no residual module is named 'a' — the model has no modules"):
         Structure((), (), (), structure.graph).module("a")
+
+
+def test_a_bias_per_head_goes_with_the_heads(graph: Parse) -> None:
+    """Relative positions, looked up in a table that has a column for each query head."""
+    text = ATTENTION.replace("attention (", "attention (int64[s, s] distances, ")
+    text = text.replace("<double[8, 8] attn__q", "<double[5, 4] attn__bias__weight, double[8, 8] attn__q")
+    text = text.replace(
+        "a = Attention(qt, kt, vt)",
+        "rows = Gather(attn__bias__weight, distances)  byhead = Transpose <perm = [2, 0, 1]> (rows) "
+        "axis = Constant <value_ints = [0]> ()  bias = Unsqueeze(byhead, axis)  "
+        "a = Attention(qt, kt, vt, bias)",
+    )
+    (group,) = discover(graph(text)).groups
+    assert members(group)["attn.bias.weight", 1] == ("producer", [[0, 1], [2, 3]])
+
+
+def test_a_mask_whose_heads_are_unknown_holds_them(graph: Parse) -> None:
+    text = ATTENTION.replace("attention (", "attention (double[b, h, s, s] mask, ")
+    structure = discover(graph(text.replace("Attention(qt, kt, vt)", "Attention(qt, kt, vt, mask)")))
+    assert not structure.groups
+    assert structure.unprunable[0].reason == "the heads of 'mask' are not known"
+
+
+def test_transposed_convolution_is_refused(graph: Parse) -> None:
+    structure = discover(
+        graph(
+            """
+            up (double[b, 3, 4, 4] x) => (double[b, 5, 5, 5] y)
+            <double[4, 3, 1, 1] a__weight, double[4, 5, 2, 2] b__weight>
+            { a = Conv(x, a__weight)  y = ConvTranspose(a, b__weight) }"""
+        )
+    )
+    assert not structure.groups
+    assert [(held.name, held.reason) for held in structure.unprunable] == [
+        ("a", "no rule for op ConvTranspose")
+    ]
+
+
+def test_what_a_subgraph_reads_stays(graph: Parse) -> None:
+    text = """
+    branch (double[b, s, 4] x, bool c) => (double[b, s, 4] y)
+    <double[4, 6] mlp__up__weight, double[6, 4] mlp__down__weight>
+    { ub = MatMul(x, mlp__up__weight)
+      r = If (c) <then_branch = then () => (double[b, s, 6] t) { t = Relu(ub) },
+                  else_branch = otherwise () => (double[b, s, 6] e) { e = Tanh(ub) }>
+      y = MatMul(r, mlp__down__weight) }
+    """
+    structure = discover(graph(text))
+    assert not structure.groups
+    assert [(held.name, held.reason) for held in structure.unprunable] == [
+        ("mlp.up", "the body of If 'r' reads it")
+    ]
