@@ -150,7 +150,7 @@ class Pruner:
     def _models(self, method: str) -> dict[str, planish.CompiledModel]:
         if method == GRADUAL:
             return self._gradual(self._folder / "gradual-state")
-        # With and without distillation from the same state: the same models, and nothing measured twice.
+        # With and without distillation from the same state: what was found once need not be found again.
         state = self._folder / "one-shot-state"
         distill = "" if method == ONE_SHOT else f",{self._distill(_STAGES_TO_TWO)}"
         compiled = self._compile(f"canonicalize,{self._prune(*self._settings.targets)}{distill},fuse", state)
