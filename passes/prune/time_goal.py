@@ -11,6 +11,7 @@ gives one more such point, and as long as the latency is off, the search is repe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,27 +89,34 @@ class TimeCosts:
         self._deployment, self._ctx = deployment, ctx
         self._deviation, self._corrections = deviation, corrections
         self._points: list[tuple[float, float]] = []
-        self._memory = Memory(ctx.state_folder() / "times.json", self._key())
+        key = self._key()
+        self._memory = Memory(ctx.state_folder() / "times.json", key)
         dense = self._timing([0] * len(units), lambda: model)
         self.original = dense.original
-        levels = {unit.name: unit.counts for unit in units}
-        if table is None:
-            used = measured_table(model, structure, units, deployment, ctx.progress)
-            used.save(ctx.state_folder() / "latency.json")
-        else:
-            used = LatencyTable.load(table)
-            used.check(
-                target=deployment.target,
-                batch=deployment.batch,
-                sequence=deployment.sequence,
-                deployed_with=deployment.deployed_with,
-                levels=levels,
-                force=force,
-            )
+        used = self._table(table, force, ctx.state_folder() / f"latency-{_short(key)}.json", structure)
         self._seconds = [
             np.array([used.seconds[unit.name][count] for count in unit.counts]) for unit in units
         ]
         self._note([0] * len(units), dense)
+
+    def _table(self, given: Path | None, force: bool, known: Path, structure: Structure) -> LatencyTable:
+        """The table that was given, or measured by the run that this one goes on from, or measured now."""
+        if given is None and not known.exists():
+            measured = measured_table(
+                self._model, structure, self._units, self._deployment, self._ctx.progress
+            )
+            measured.save(known)
+            return measured
+        table = LatencyTable.load(given or known)
+        table.check(
+            target=self._deployment.target,
+            batch=self._deployment.batch,
+            sequence=self._deployment.sequence,
+            deployed_with=self._deployment.deployed_with,
+            levels={unit.name: unit.counts for unit in self._units},
+            force=force or given is None,
+        )
+        return table
 
     def require_possible(self, speedup: float) -> None:
         """Refuse a goal that is not reached even by the fastest choice.
@@ -187,9 +195,11 @@ class TimeCosts:
         return Timing(*self._memory.get(describe(self._units, levels), measure))
 
     def _key(self) -> str:
+        """All that times depend on: the models, the levels, the deployment and the machine."""
         deployment = self._deployment
         return " ".join(
             [
+                str({unit.name: unit.counts for unit in self._units}),
                 content_hash(self._ctx.original),
                 content_hash(self._model),
                 repr(deployment.target),
@@ -197,6 +207,10 @@ class TimeCosts:
                 f"{deployment.batch}x{deployment.sequence} {deployment.deployed_with}",
             ]
         )
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def _latency(point: tuple[float, float]) -> float:

@@ -258,7 +258,7 @@ def test_calibration_data_is_needed(model):
 def test_a_table_from_another_machine_is_refused_unless_forced(model, calibration, clock, tmp_path):
     other = clone(model)
     prune(other, calibration, state=tmp_path, speedup=(1.5,))
-    (path,) = tmp_path.rglob("latency.json")
+    (path,) = tmp_path.rglob("latency-*.json")
     with pytest.raises(InputError, match="machine"):
         prune(model, calibration, speedup=(1.5,), latency_table=path)
     prune(model, calibration, speedup=(1.5,), latency_table=path, force_latency_table=True)
