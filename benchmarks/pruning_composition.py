@@ -3,9 +3,9 @@
     python benchmarks/pruning_composition.py                                   # writes results/
     python benchmarks/pruning_composition.py --models wikilm --speedups 2 --distill 200
 
-Each row is a pipeline that starts from the dense float model: pruned to a measured speed-up, with or without
-distillation, then as it is, or rotated (where the norms allow that) and quantised by GPTQ. Files run in plain
-onnxruntime; those of one model are timed in turns. Speed-ups are over the dense float model.
+The dense float model is pruned to a measured speed-up, with or without distillation. Each of these models is
+kept; from it come the rows: as it is, or rotated (where the norms allow that) and quantised by GPTQ. Files
+run in plain onnxruntime; those of one model are timed in turns. Speed-ups are over the dense float model.
 
 Errors are those of `planish.compile`'s contract check: the graph after a pass against the graph before it, on
 one call of the deployment. Files and figures are kept in ``--output``, and what is there is not done again.
@@ -18,19 +18,24 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import onnx_ir as ir
 import onnxruntime
 import planish
 import pruning_subjects
 import wikilm
+from planish.ir import clone, load, save
 from planish.ir.errors import PlanishError
+from planish.passes import PassResult
+from planish.passes.infrastructure.instruments import Instrument, Invocation
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.measure import interleaved_latency
-from pruning_subjects import DENSE, OnnxFile, Subject
+from pruning_subjects import OnnxFile, Subject
 from rich.console import Console
 from sentence_embeddings import processor
 
+Kept = TypeVar("Kept", "Base", "Row")
 _RESULTS = Path(__file__).parent / "results" / "pruning_composition.md"
 _ROTATE = "fold-norms,rotate{rotations=[R1,R2],kind=random-hadamard}"
 ROTATIONS = {"wikilm": _ROTATE}
@@ -59,16 +64,36 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One pipeline.
+class Base:
+    """A canonical float model that rows start from.
 
     Attributes:
-        name: what it does, in short.
-        passes: its text.
+        name: what was done to the dense model, in short; empty for the dense model itself.
+        file: of the model; empty for the dense model, and after a failure.
+        asked: the text of the pipeline that it came from.
+        reports: of that pipeline's passes, as plain data.
+        failure: why there is no model.
+    """
+
+    name: str = ""
+    file: str = ""
+    asked: str = "canonicalize"
+    reports: Sequence[Mapping[str, Any]] = ()
+    failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One file.
+
+    Attributes:
+        name: what was done to the dense model, in short.
+        passes: those after the base, as text.
+        asked: the text of the whole pipeline.
         file: of the compiled model; empty after a failure.
         quality: figures by the metric's name.
         megabytes: of the file.
-        report: of the compilation, as plain data.
+        reports: of its passes and its base's, as plain data.
         failure: why there is no file.
         milliseconds: of one call.
         speedup: over the first row.
@@ -76,41 +101,37 @@ class Row:
 
     name: str
     passes: str
+    asked: str
     file: str = ""
     quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
     megabytes: float = 0.0
-    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reports: Sequence[Mapping[str, Any]] = ()
     failure: str = ""
     milliseconds: float = 0.0
     speedup: float = 0.0
 
 
-def pipelines(subject: Subject, settings: Settings) -> Iterator[Row]:
-    """The rows, without figures; the dense model first."""
-    yield Row(name="dense", passes=DENSE)
-    yield from _quantized(subject, "", "")
-    for speedup in settings.speedups:
-        # Channels in the groups that share a scale.
-        prune = (
-            f"prune{{speedup={speedup:g},batch={subject.batch},sequence={subject.sequence},multiple=32,"
-            f"evaluations={settings.evaluations},samples={settings.samples}}},"
-        )
-        name = f"prune {speedup:g}×"
-        yield Row(name=name, passes=f"canonicalize,{prune}fuse")
-        yield from _quantized(subject, f"{name} → ", prune)
-        if settings.steps:
-            prune += f"distill{{steps={settings.steps}}},"
-            name += " → distill"
-            yield Row(name=name, passes=f"canonicalize,{prune}fuse")
-            yield from _quantized(subject, f"{name} → ", prune)
+def rows_of(base: Base, rotate: str) -> Iterator[Row]:
+    """The rows that start from a model, without figures: as it is, and quantised."""
+    before = f"{base.name} → " if base.name else ""
+    middle, how = (f"{rotate},fuse", "rotate → GPTQ") if rotate else ("fuse", "GPTQ")
+    rows = {base.name or "dense": "fuse"}
+    rows |= {f"{before}{how} {scheme}": f"{middle},{quantize}" for scheme, quantize in QUANTIZE.items()}
+    for name, passes in rows.items():
+        yield Row(name=name, passes=passes, asked=f"{base.asked},{passes}")
 
 
-def _quantized(subject: Subject, name: str, before: str) -> Iterator[Row]:
-    rotate = ROTATIONS.get(subject.name, "")
-    middle = f"{rotate},fuse" if rotate else "fuse"
-    how = "rotate → GPTQ" if rotate else "GPTQ"
-    for scheme, quantize in QUANTIZE.items():
-        yield Row(name=f"{name}{how} {scheme}", passes=f"canonicalize,{before}{middle},{quantize}")
+class Snapshots(Instrument):
+    """Keeps the model as pruning and distillation left it, by the pass's name."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, ir.Model] = {}
+
+    def after(self, invocation: Invocation, model: ir.Model, result: PassResult) -> None:
+        """Keep it."""
+        del result
+        if invocation.pass_.name in ("prune", "distill"):
+            self.models[invocation.pass_.name] = clone(model)
 
 
 class Work:
@@ -126,39 +147,68 @@ class Work:
         self._subject, self._folder, self._say = subject, folder, say
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def finished(self, row: Row) -> Row:
-        """The row with its file and all figures but those of time."""
-        file = self._folder / f"{''.join(c if c.isalnum() else '-' for c in row.name.lower())}.onnx"
-        figures = file.with_suffix(".json")
-        if figures.exists():
-            known = Row(**json.loads(figures.read_text()))
-            if known.passes == row.passes:
-                return known
+    def bases(self, settings: Settings) -> Iterator[Base]:
+        """The dense model, and what pruning and distillation make of it."""
+        yield Base()
+        for speedup in settings.speedups:
+            # Channels in the groups that share a scale.
+            asked = (
+                f"canonicalize,prune{{speedup={speedup:g},batch={self._subject.batch},"
+                f"sequence={self._subject.sequence},multiple=32,evaluations={settings.evaluations},"
+                f"samples={settings.samples}}}"
+            )
+            names = {"prune": f"prune {speedup:g}×"}
+            if settings.steps:
+                asked += f",distill{{steps={settings.steps}}}"
+                names["distill"] = f"prune {speedup:g}× → distill"
+            known = [self._known(Base, name, asked) for name in names.values()]
+            yield from [base for base in known if base] if all(known) else self._pruned(names, asked)
+
+    def _pruned(self, names: Mapping[str, str], asked: str) -> Iterator[Base]:
+        """One run of the pipeline gives a model for each pass that is named."""
+        snapshots = Snapshots()
         try:
-            compiled = self._compile(row.passes)
+            compiled = self._compile(self._subject.graph, asked, snapshots)
+        except PlanishError as error:
+            self._say(f"{self._subject.name}: {asked}: {error.message}")
+            yield Base(name=names["prune"], asked=asked, failure=error.message)
+            return
+        reports = compiled.report.as_dict()["passes"]
+        for pass_name, name in names.items():
+            file = self._path(name, "-canonical.onnx")
+            save(snapshots.models[pass_name], file)
+            end = next(i for i, report in enumerate(reports) if report["name"] == pass_name) + 1
+            yield self._keep(Base(name=name, file=file.name, asked=asked, reports=reports[:end]))
+
+    def finished(self, base: Base, row: Row) -> Row:
+        """The row with its file and all figures but those of time."""
+        if base.failure:
+            return dataclasses.replace(row, failure=base.failure)
+        known = self._known(Row, row.name, row.asked)
+        if known is not None:
+            return known
+        graph = load(self._folder / base.file) if base.file else self._subject.graph
+        try:
+            compiled = self._compile(graph, f"canonicalize,{row.passes}")
         except PlanishError as error:
             self._say(f"{self._subject.name}: {row.name}: {error.message}")
             return dataclasses.replace(row, failure=error.message)
+        file = self._path(row.name, ".onnx")
         compiled.save(file)
-        finished = dataclasses.replace(
-            row,
-            file=file.name,
-            quality=self._subject.judge(OnnxFile(file)),
-            megabytes=file.stat().st_size / 1e6,
-            report=compiled.report.as_dict(),
+        metric = self._subject.metric
+        quality = self._subject.judge(OnnxFile(file))
+        self._say(f"{self._subject.name}: {row.name}: {metric.name} {metric.text(quality[metric.name])}")
+        return self._keep(
+            dataclasses.replace(
+                row,
+                file=file.name,
+                quality=quality,
+                megabytes=file.stat().st_size / 1e6,
+                reports=[*base.reports, *compiled.report.as_dict()["passes"]],
+            )
         )
-        partial = figures.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(finished)))
-        partial.replace(figures)
-        value = finished.quality[self._subject.metric.name]
-        self._say(
-            f"{self._subject.name}: {row.name}: {self._subject.metric.name} "
-            f"{self._subject.metric.text(value)}"
-        )
-        return finished
 
-    def _compile(self, passes: str) -> planish.CompiledModel:
-        graph = self._subject.graph
+    def _compile(self, graph: ir.Model, passes: str, *instruments: Instrument) -> planish.CompiledModel:
         names = {value.name for value in graph.graph.inputs}
         call = {name: array for name, array in self._subject.deployment_feeds().items() if name in names}
         return planish.compile(
@@ -170,7 +220,27 @@ class Work:
             target=self._subject.target,
             check="contract",
             state=self._folder / "state",
+            instruments=instruments,
         )
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self._folder / f"{''.join(c if c.isalnum() else '-' for c in name.lower())}{suffix}"
+
+    def _keep(self, entry: Kept) -> Kept:
+        """Write its figures, from which on it counts as finished."""
+        figures = self._path(entry.name, f"-{type(entry).__name__.lower()}.json")
+        partial = figures.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(entry)))
+        partial.replace(figures)
+        return entry
+
+    def _known(self, kind: type[Kept], name: str, asked: str) -> Kept | None:
+        """What was finished before by the same pipeline."""
+        figures = self._path(name, f"-{kind.__name__.lower()}.json")
+        if not figures.exists():
+            return None
+        entry = kind(**json.loads(figures.read_text()))
+        return entry if entry.asked == asked else None
 
     def timed(self, rows: Sequence[Row], repeats: int) -> list[Row]:
         """With the time of a call, all files in turns."""
@@ -217,7 +287,7 @@ def lines(subject: Subject, rows: Sequence[Row]) -> Iterator[str]:
 
 def pass_lines(row: Row) -> Iterator[str]:
     """A line for each pass of a pipeline that changed the model."""
-    for report in row.report["passes"]:
+    for report in row.reports:
         if not report["modified"] and report["coverage"] is None:
             continue
         coverage = report["coverage"]
@@ -281,7 +351,8 @@ def main() -> None:
             name, found, samples=arguments.calibration, windows=arguments.windows
         )
         work = Work(subject, arguments.output / name, lambda line: console.print(f"[dim]{line}[/dim]"))
-        rows = [work.finished(row) for row in pipelines(subject, settings)]
+        rotate = ROTATIONS.get(name, "")
+        rows = [work.finished(base, row) for base in work.bases(settings) for row in rows_of(base, rotate)]
         document += lines(subject, work.timed(rows, arguments.repeats))
     arguments.report.write_text(
         "\n".join([*document, "", "Written by `benchmarks/pruning_composition.py`.", ""])
