@@ -126,10 +126,7 @@ def _bind(
         # Whoever runs the file elsewhere can set what the chosen kernels rely on.
         bound.model.metadata_props["planish.session_options"] = json.dumps(dict(bound.session_options))
     if signature is not None:
-        signature = signature.restricted(
-            [str(value.name) for value in graph.graph.inputs],
-            [str(value.name) for value in graph.graph.outputs],
-        )
+        signature = signature.restricted(graph.graph)
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 

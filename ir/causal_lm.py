@@ -69,6 +69,27 @@ class CausalLMSignature(Signature):
     layers: tuple[CacheLayer, ...]
     output_class: type
 
+    def restricted(self, graph: ir.Graph) -> CausalLMSignature:
+        """The convention of a graph whose cache has lost layers or heads since it was traced.
+
+        The caches that it takes and returns have the layers that are left, in order.
+        """
+        caches = {str(value.name): value for value in graph.inputs if _is_past(str(value.name))}
+        kept = [f"past_key_values.{index}" for index in range(len(self.layers))]
+        layers = [
+            _resized(layer, caches[f"{name}.key"], caches[f"{name}.value"])
+            for name, layer in zip(kept, self.layers, strict=True)
+            if f"{name}.key" in caches
+        ]
+        inputs, outputs = ({str(value.name) for value in values} for values in (graph.inputs, graph.outputs))
+        return dataclasses.replace(
+            self,
+            input_names=tuple(name for name in self.input_names if name in inputs),
+            input_paths=tuple((name,) for name in self.input_names if name in inputs),
+            output_names=tuple(name for name in self.output_names if name in outputs),
+            layers=tuple(layers),
+        )
+
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Give the feeds of one call; see `planish.ir.signature.flatten_inputs`."""
         arguments = {name: value for name, value in self._bind(args, kwargs).items() if value is not None}
@@ -78,7 +99,7 @@ class CausalLMSignature(Signature):
         ids = torch.as_tensor(ids)
         feeds: dict[str, Any] = {"input_ids": ids}
         past = self._past(arguments, batch_size=ids.shape[0])
-        total = ids.shape[1] + past["past_key_values.0.key"].shape[2]
+        total = ids.shape[1] + next((cache.shape[2] for cache in past.values()), 0)
         mask = torch.as_tensor(
             arguments.pop("attention_mask", torch.ones(ids.shape[0], total, dtype=torch.int64))
         )
@@ -109,8 +130,8 @@ class CausalLMSignature(Signature):
 
     def _past(self, arguments: dict[str, Any], *, batch_size: int) -> dict[str, Any]:
         """Take the past out of the arguments: by graph names, as a cache, as pairs, or empty."""
-        names = [name for name in self.input_names if name.startswith("past_key_values.")]
-        if names[0] in arguments:
+        names = [name for name in self.input_names if _is_past(name)]
+        if any(name in arguments for name in names):
             missing = [name for name in names if name not in arguments]
             if missing:
                 raise InputError(f"input {missing[0]!r} is missing")
@@ -122,6 +143,19 @@ class CausalLMSignature(Signature):
         if len(pairs) != len(self.layers):
             raise InputError(f"past_key_values has {len(pairs)} layers, the model has {len(self.layers)}")
         return dict(zip(names, (tensor for pair in pairs for tensor in pair), strict=True))
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith("past_key_values.")
+
+
+def _resized(layer: CacheLayer, key: ir.Value, value: ir.Value) -> CacheLayer:
+    """The layer with the heads that its graph inputs [batch, heads, past, size] have now."""
+    key_heads, value_heads = (
+        cache.shape[1] if cache.shape is not None and isinstance(cache.shape[1], int) else heads
+        for cache, heads in ((key, layer.key_heads), (value, layer.value_heads))
+    )
+    return dataclasses.replace(layer, key_heads=key_heads, value_heads=value_heads)
 
 
 def is_causal_lm(module: torch.nn.Module) -> bool:
@@ -168,7 +202,7 @@ def trace_causal_lm(model: torch.nn.Module, *, opset: int = 23) -> ir.Model:
     layers, output_class = _probe(model)
     tensors = _examples(model, layers)
     names = list(tensors)
-    given = [name for name in names if not name.startswith("past_key_values.")]
+    given = [name for name in names if not _is_past(name)]
 
     def call(called: torch.nn.Module, values: Sequence[torch.Tensor]) -> Any:
         past = values[len(given) :]
@@ -238,7 +272,7 @@ def _dims(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[int, DynamicDim
 
     labels: dict[str, dict[int, str]] = {name: {0: BATCH, 1: SEQUENCE} for name in tensors}
     for name in tensors:
-        if name.startswith("past_key_values."):
+        if _is_past(name):
             labels[name] = {0: BATCH, 2: PAST_SEQUENCE}
     labels["attention_mask"] = {0: BATCH, 1: TOTAL_SEQUENCE}
     return {name: {axis: dim(label) for axis, label in axes.items()} for name, axes in labels.items()}

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 import torch.utils._pytree as pytree
 
@@ -58,11 +59,12 @@ class Signature:
     output_scalars: tuple[int, ...] = ()
     ignored_paths: tuple[Path, ...] = ()
 
-    def restricted(self, inputs: Collection[str], outputs: Collection[str]) -> Signature:
+    def restricted(self, graph: ir.Graph) -> Signature:
         """The convention of a graph that has lost inputs or outputs since it was traced.
 
         Tensors for lost inputs are accepted and not used; None stands where a lost output was.
         """
+        inputs, outputs = ({str(value.name) for value in values} for values in (graph.inputs, graph.outputs))
         if set(self.input_names) <= set(inputs) and set(self.output_names) <= set(outputs):
             return self
         taken = dict(zip(self.input_names, self.input_paths, strict=True))

@@ -27,8 +27,7 @@ OVERHEAD = 2_000.0
 """Of the stand-in clock: what a call takes that no pruning removes, in weights."""
 
 
-@pytest.fixture(scope="module")
-def llama() -> planish.CompiledModel:
+def small_llama() -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -39,7 +38,12 @@ def llama() -> planish.CompiledModel:
         num_key_value_heads=4,
         head_dim=8,
     )
-    return planish.compile(transformers.LlamaForCausalLM(config).eval(), "canonicalize", target=TARGET)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def llama() -> planish.CompiledModel:
+    return planish.compile(small_llama(), "canonicalize", target=TARGET)
 
 
 @pytest.fixture
@@ -192,6 +196,22 @@ def _own(compiled: planish.CompiledModel, feeds):
     from planish.runtime.calibration.data import fitted
 
     return fitted(feeds, compiled.model)
+
+
+def test_a_decoder_without_some_layers_is_called_like_the_module(llama, calibration):
+    """The cache that comes back has the layers that are left, and is taken again."""
+    compiled = planish.compile(
+        small_llama(),
+        "canonicalize,prune{sparsity=0.4,structures=[attention],evaluations=2,samples=2},drop-blocks{count=3}",
+        calibration=calibration,
+        target=TARGET,
+    )
+    ids = torch.arange(8)[None] * 5 % 64
+    whole = compiled(ids)
+    first = compiled(input_ids=ids[:, :6])
+    rest = compiled(ids[:, 6:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 6:], atol=1e-5, rtol=0)
+    assert len(rest.past_key_values.layers) < 3
 
 
 def test_obs_loses_less_than_random(model, calibration):
