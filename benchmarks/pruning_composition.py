@@ -40,6 +40,8 @@ _RESULTS = Path(__file__).parent / "results" / "pruning_composition.md"
 _ROTATE = "fold-norms,rotate{rotations=[R1,R2],kind=random-hadamard}"
 ROTATIONS = {"wikilm": _ROTATE}
 """Of models whose norms are RMS norms before the blocks; the sentence model's come after."""
+FLOAT = "fuse"
+"""What a row has behind its base that is not quantised."""
 QUANTIZE = {
     "W4A16": "quantize{scheme=W4A16_ASYM,group_size=32,algorithm=gptq,embeddings=false}",
     "W8A8": "quantize{scheme=W8A8,activations=token,algorithm=gptq,embeddings=false}",
@@ -93,7 +95,7 @@ class Row:
         file: of the compiled model; empty after a failure.
         quality: figures by the metric's name.
         megabytes: of the file.
-        reports: of its passes and its base's, as plain data.
+        reports: of its passes, as plain data; of its base's too where only fusion follows.
         failure: why there is no file.
         milliseconds: of one call.
         speedup: over the first row.
@@ -115,7 +117,7 @@ def rows_of(base: Base, rotate: str) -> Iterator[Row]:
     """The rows that start from a model, without figures: as it is, and quantised."""
     before = f"{base.name} → " if base.name else ""
     middle, how = (f"{rotate},fuse", "rotate → GPTQ") if rotate else ("fuse", "GPTQ")
-    rows = {base.name or "dense": "fuse"}
+    rows = {base.name or "dense": FLOAT}
     rows |= {f"{before}{how} {scheme}": f"{middle},{quantize}" for scheme, quantize in QUANTIZE.items()}
     for name, passes in rows.items():
         yield Row(name=name, passes=passes, asked=f"{base.asked},{passes}")
@@ -195,6 +197,9 @@ class Work:
             return dataclasses.replace(row, failure=error.message)
         file = self._path(row.name, ".onnx")
         compiled.save(file)
+        reports = compiled.report.as_dict()["passes"]
+        if row.passes == FLOAT:
+            reports = [*base.reports, *reports]
         metric = self._subject.metric
         quality = self._subject.judge(OnnxFile(file))
         self._say(f"{self._subject.name}: {row.name}: {metric.name} {metric.text(quality[metric.name])}")
@@ -204,7 +209,7 @@ class Work:
                 file=file.name,
                 quality=quality,
                 megabytes=file.stat().st_size / 1e6,
-                reports=[*base.reports, *compiled.report.as_dict()["passes"]],
+                reports=reports,
             )
         )
 
@@ -286,9 +291,9 @@ def lines(subject: Subject, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def pass_lines(row: Row) -> Iterator[str]:
-    """A line for each pass of a pipeline that changed the model."""
+    """A line for each pass of a pipeline, but for what every pipeline begins with."""
     for report in row.reports:
-        if not report["modified"] and report["coverage"] is None:
+        if report["name"] == "canonicalize":
             continue
         coverage = report["coverage"]
         covered = f"{coverage['covered']} of {coverage['total']} {coverage['unit']}" if coverage else ""
