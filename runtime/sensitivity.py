@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 LOGITS = "logits"
 _CACHE_PREFIXES = ("present", "past")
-_MOST_REFERENCE_ELEMENTS = 1 << 26
+_MOST_REFERENCE_ELEMENTS = 1 << 25
 """Of the dense outputs that are kept, 256 MiB in all: beyond, tokens at equal distances stand for all."""
 _DEQUANTIZE_ONCE = {"session.disable_quant_qdq": "1"}
 
@@ -52,11 +52,14 @@ class WeightSensitivity:
         self._dense = {name: np.ascontiguousarray(_constant(model, name).numpy()) for name in weights}
         self._session, self._shared = _open(model, weights, self._outputs)
         self._reference = [
-            {name: _kept_rows(array, feeds, len(samples)) for name, array in self._run(feeds, {}).items()}
-            for feeds in samples
+            {name: self._measure(name, _kept_rows(array, feeds, len(samples))) for name, array in outputs}
+            for feeds, outputs in ((feeds, self._run(feeds, {}).items()) for feeds in samples)
         ]
-        if not all(np.isfinite(rows).all() for kept in self._reference for rows in kept.values()):
+
+    def _measure(self, name: str, dense: Array) -> _Divergence | _SquaredError:
+        if not np.isfinite(dense).all():
             raise self._not_finite()
+        return _Divergence(dense) if name == LOGITS else _SquaredError(dense)
 
     def _not_finite(self) -> InputError:
         broken = [name for name, array in self._dense.items() if not np.isfinite(array).all()]
@@ -79,9 +82,7 @@ class WeightSensitivity:
         total: dict[str, list[tuple[float, float]]] = {name: [] for name in self._outputs}
         for feeds, reference, found in zip(self._samples, self._reference, outputs, strict=True):
             for name in self._outputs:
-                rows = _kept_rows(found[name], feeds, len(self._samples))
-                measure = _divergence if name == LOGITS else _squared_error
-                total[name].append(measure(rows, reference[name]))
+                total[name].append(reference[name].of(_kept_rows(found[name], feeds, len(self._samples))))
         ratios = [_ratio(pairs) for pairs in total.values()]
         mean = float(np.mean(ratios))
         return max(mean, 0.0) if np.isfinite(mean) else float("inf")
@@ -168,18 +169,35 @@ def _kept_rows(array: Array, feeds: Feeds, batches: int) -> Array:
     return rows[np.linspace(0, len(rows) - 1, room).round().astype(np.int64)]
 
 
-def _divergence(changed: Array, dense: Array) -> tuple[float, float]:
-    """Sum of KL(softmax(dense) ‖ softmax(changed)) over tokens, and the tokens; in float64."""
-    log_p, log_q = (
-        torch.log_softmax(torch.from_numpy(np.asarray(rows, np.float64)), dim=-1) for rows in (dense, changed)
-    )
-    return float((log_p.exp() * (log_p - log_q)).sum()), float(len(dense))
+class _Divergence:
+    """Σ KL(softmax(dense) ‖ softmax(changed)) over tokens; what depends on the dense rows is computed once.
+
+    KL = Σ_v p_v log p_v − (Σ_v p_v q_v − log Σ_v exp q_v)        p = softmax(dense), q = changed
+    """
+
+    def __init__(self, dense: Array) -> None:
+        logarithms = torch.log_softmax(torch.from_numpy(np.asarray(dense, np.float64)), dim=-1)
+        self._probabilities = logarithms.exp()
+        self._negative_entropy = float((self._probabilities * logarithms).sum())
+
+    def of(self, changed: Array) -> tuple[float, float]:
+        """The sum over the rows [tokens, vocabulary] in nats, in float64, and the number of rows."""
+        logits = torch.from_numpy(np.asarray(changed, np.float64))
+        expected = torch.dot(self._probabilities.flatten(), logits.flatten())
+        normalizers = torch.logsumexp(logits, dim=-1).sum()
+        return self._negative_entropy - float(expected - normalizers), float(len(logits))
 
 
-def _squared_error(changed: Array, dense: Array) -> tuple[float, float]:
-    """‖changed − dense‖² and ‖dense‖², in float64."""
-    expected = np.asarray(dense, np.float64)
-    return float(np.square(changed - expected).sum()), float(np.square(expected).sum())
+class _SquaredError:
+    """‖changed − dense‖² and ‖dense‖²."""
+
+    def __init__(self, dense: Array) -> None:
+        self._dense = np.asarray(dense, np.float64)
+        self._size = float(np.square(self._dense).sum())
+
+    def of(self, changed: Array) -> tuple[float, float]:
+        """Of rows [tokens, features], in float64."""
+        return float(np.square(changed - self._dense).sum()), self._size
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
