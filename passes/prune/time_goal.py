@@ -3,9 +3,9 @@
     minimise loss(s)   subject to   Σ_l t[l, s_l] ≤ B        with B such that latency(s) is the one asked for
 
 The table t is of single pieces; the end-to-end latency decides. The two are measured together for the dense
-model, for the smallest one, and for some shapes between them, whose weights do not matter; B is interpolated
-between the two whose latencies enclose the one asked for. Then the search is run, its result measured, which
-gives one more such point, and as long as the latency is off, the search is repeated with a better B.
+model, for the smallest one, and for some shapes between them, whose weights do not matter; a line through
+these points gives B. Then the search is run, its result measured, which gives one more point, and as long as
+the latency is off, the search is repeated with a better B.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 _SHAPE_ROUNDS = 2
 """Shapes that are measured for each goal before the first search."""
+_NOISE = 0.02
+"""Of a measured latency, relative: points nearer to the goal than this are equally good."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +171,17 @@ class TimeCosts:
         self._points.append((self._pieces(levels), 1 / timing.speedup))
 
     def _budget(self, speedup: float) -> float:
-        """Seconds of pieces, between those of the two measured models that enclose the goal."""
+        """Seconds of pieces at which a line through the measured models has the latency asked for.
+
+        Models near the goal count most, so that the line follows the curve, and the noise of single
+        measurements averages out where there are several.
+        """
         wanted = 1 / speedup
-        fastest = sum(float(times.min()) for times in self._seconds)
-        slower = min((point for point in self._points if point[1] >= wanted), key=_latency, default=None)
-        faster = max((point for point in self._points if point[1] < wanted), key=_latency, default=None)
-        if slower is None or faster is None:
-            return max(self._pieces([0] * len(self._units)) if slower is None else fastest, fastest)
-        share = (wanted - faster[1]) / (slower[1] - faster[1])
-        return max(faster[0] + share * (slower[0] - faster[0]), fastest)
+        pieces, latencies = np.array(self._points).T
+        weights = 1 / (_NOISE + np.abs(latencies / wanted - 1))
+        slope, start = np.polyfit(pieces, latencies, 1, w=weights) if np.ptp(pieces) else (0.0, 0.0)
+        fastest, dense = (sum(float(edge(times)) for times in self._seconds) for edge in (np.min, np.max))
+        return float(np.clip((wanted - start) / slope, fastest, dense)) if slope > 0 else dense
 
     def _pieces(self, levels: Sequence[int]) -> float:
         return sum(float(times[level]) for times, level in zip(self._seconds, levels, strict=True))
@@ -211,10 +215,6 @@ class TimeCosts:
 
 def _short(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:12]
-
-
-def _latency(point: tuple[float, float]) -> float:
-    return point[1]
 
 
 def measured_table(
