@@ -22,7 +22,7 @@ from ..infrastructure.pipeline import Pipeline
 from .deployed import deployed
 
 _ORIGINAL, _CANDIDATE = "original", "candidate"
-_SECONDS, _FEWEST, _MOST = 3.0, 24, 400
+_SECONDS, _FEWEST, _MOST = 2.0, 24, 400
 """How long a model is timed, in seconds, and the limits of the number of runs."""
 
 

@@ -36,7 +36,7 @@ from .units import Unit, apply_shapes, describe
 Doubles = npt.NDArray[np.float64]
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
-_SHAPE_ROUNDS = 2
+_SHAPE_ROUNDS = 1
 """Shapes that are measured for each goal before the first search."""
 _NOISE = 0.02
 """Of a measured latency, relative: points nearer to the goal than this are equally good."""
