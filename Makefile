@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further implementations to compare GPTQ with: --peer NAME=INTERPRETER, as often as wanted.
 GPTQ_PEERS ?=
+# Where Torch-Pruning is installed, see benchmarks/torch_pruning_worker.py; without it there are no such rows.
+TORCH_PRUNING ?=
 
 .PHONY: demo test lint types layers benchmark clean
 
@@ -36,6 +38,11 @@ benchmark: $(VENV)/.bench
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/gptq_peers.py $(GPTQ_PEERS)
 	$(BIN)/python benchmarks/gptq_cost.py
+	$(BIN)/python benchmarks/pruning_oracles.py
+	$(BIN)/python benchmarks/pruning_quality.py $(if $(TORCH_PRUNING),--torch-pruning $(TORCH_PRUNING))
+	$(BIN)/python benchmarks/pruning_tasks.py
+	$(BIN)/python benchmarks/pruning_composition.py
+	$(BIN)/python benchmarks/pruning_cost.py
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
