@@ -234,7 +234,7 @@ def _name_pass(error: Exception, pass_: Pass) -> PlanishError:
         text = " ".join(str(error).split())
         return PassError(f"{prefix}: {type(error).__name__}: {text}" if text else f"{prefix}: {error!r}")
     if prefix not in error.message:
-        error.message = f"{prefix}: {error.message}"
+        error.message = f"{prefix}: {error.message.removeprefix(f'{pass_.name}: ')}"
         error.args = (f"{error.message} — {error.hint}" if error.hint else error.message,)
     return error
 

@@ -271,7 +271,7 @@ def test_nothing_to_prune_says_why(model, calibration):
 
 
 def test_calibration_data_is_needed(model):
-    with pytest.raises(InputError, match=r"prune: .* calibration data, and there is none"):
+    with pytest.raises(InputError, match=r"pass 'prune': .* calibration data, and there is none"):
         prune(model, (), sparsity=(0.3,))
 
 
