@@ -88,7 +88,7 @@ def _measure(
     run_pipeline(graph, Pipeline.of("canonicalize"), target=target)
     # The goal does not matter for the table; the other options say what is timed.
     prune = Prune(
-        speedup=(1.0,), batch=batch, sequence=sequence, multiple=multiple, deployed_with=deployed_with
+        speedup=(2.0,), batch=batch, sequence=sequence, multiple=multiple, deployed_with=deployed_with
     )
     with Progress(console=err, transient=True) as bars:
         return prune.table(graph, target, lambda items, text: iter(bars.track(items, description=text)))

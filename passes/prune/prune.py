@@ -14,6 +14,7 @@ by `planish.ir.structure`. Prune before rotating, merging or quantising: all of 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -48,7 +49,7 @@ class Prune(Pass):
         speedup: how many times faster than the original model, end to end on the target; the original is
             the model before the first pass of the pipeline that changes its function.
         latency_ms: the time of a call, in milliseconds.
-        sparsity: share of the prunable weights to remove, in [0, 1); nothing is timed then.
+        sparsity: share of the prunable weights to remove, between 0 and 1; nothing is timed then.
         batch: samples of a call of the deployment.
         sequence: tokens of a sample of the deployment, where inputs have such an axis.
         criterion: what decides which structures go: ``obs`` (ZipLM, which also refits what stays), or for
@@ -105,7 +106,10 @@ class Prune(Pass):
                 f"prune: expected one of {', '.join(goals)}, found {' and '.join(given) or 'none'}",
                 hint="for example prune{speedup=2.0}",
             )
-        if any(value <= 0 for value in goals[given[0]]) or any(not 0 <= s < 1 for s in self.sparsity):
+        lowest, highest = {"speedup": (1.0, math.inf), "latency_ms": (0.0, math.inf)}.get(
+            given[0], (0.0, 1.0)
+        )
+        if any(not lowest < value < highest for value in goals[given[0]]):
             raise PipelineError(f"prune: {given[0]}: {list(goals[given[0]])} is out of range")
         if not 0 < self.level_factor < 1 or not 0 < self.smallest_level < 1:
             raise PipelineError("prune: level_factor and smallest_level must lie between 0 and 1")

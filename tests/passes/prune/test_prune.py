@@ -290,7 +290,10 @@ def test_a_table_from_another_machine_is_refused_unless_forced(model, calibratio
     [
         ({}, "expected one of speedup, latency_ms, sparsity, found none"),
         ({"speedup": (2.0,), "sparsity": (0.5,)}, "found speedup and sparsity"),
-        ({"speedup": (0.0,)}, "out of range"),
+        ({"speedup": (1.0,)}, "out of range"),
+        ({"speedup": (float("nan"),)}, "out of range"),
+        ({"latency_ms": (0.0,)}, "out of range"),
+        ({"sparsity": (0.0,)}, "out of range"),
         ({"sparsity": (1.0,)}, "out of range"),
         ({"speedup": (2.0,), "level_factor": 1.0}, "between 0 and 1"),
         ({"speedup": (2.0,), "evaluations": 0}, "must be positive"),
