@@ -55,13 +55,11 @@ class Settings:
     Attributes:
         speedups: that models are pruned to.
         evaluations: of the search for one target.
-        samples: calibration samples that losses are measured on.
         steps: of the distillation after pruning; 0 for none.
     """
 
     speedups: tuple[float, ...]
     evaluations: int
-    samples: int
     steps: int
 
 
@@ -157,7 +155,7 @@ class Work:
             asked = (
                 f"canonicalize,prune{{speedup={speedup:g},batch={self._subject.batch},"
                 f"sequence={self._subject.sequence},multiple=32,evaluations={settings.evaluations},"
-                f"samples={settings.samples}}}"
+                f"samples={self._subject.losses}}}"
             )
             names = {"prune": f"prune {speedup:g}×"}
             if settings.steps:
@@ -322,9 +320,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--speedups", nargs="+", type=float, default=(1.5, 2.0))
     parser.add_argument("--distill", type=int, default=0, help="steps of a distillation after pruning")
-    parser.add_argument("--evaluations", type=int, default=200, help="of the search for one target")
-    parser.add_argument("--calibration", type=int, default=256, help="sentences or windows")
-    parser.add_argument("--samples", type=int, default=32, help="of them that losses are measured on")
+    parser.add_argument("--evaluations", type=int, default=50, help="of the search for one target")
+    parser.add_argument("--calibration", type=int, help="sentences or windows")
     parser.add_argument("--repeats", type=int, default=64, help="timed calls of each file")
     parser.add_argument("--output", type=Path, default=Path("composition-output"), help="where work is kept")
     parser.add_argument("--report", type=Path, default=_RESULTS, help="Markdown file for the tables")
@@ -337,7 +334,6 @@ def main() -> None:
     settings = Settings(
         speedups=tuple(sorted(arguments.speedups)),
         evaluations=arguments.evaluations,
-        samples=arguments.samples,
         steps=arguments.distill,
     )
     console = Console(width=160)
@@ -347,7 +343,7 @@ def main() -> None:
         "",
         f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Speed-ups are over the "
         f"dense float model, all files of a model timed in turns, {arguments.repeats} calls each, medians. "
-        f"Calibration on {arguments.calibration} sentences or windows; the sentence model is judged on the "
+        "Calibration is on the calibration text; the sentence model is judged on the "
         f"benchmark's 240 sentences, the language model on {arguments.windows} windows of other text. "
         "*Cosine* and *KL to before*: the graph after a pass against the one before it.",
     ]

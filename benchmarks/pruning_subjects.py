@@ -2,8 +2,9 @@
 
 Two models: the demo's sentence-embedding model, and the language model of `wikilm`. Calibration never sees
 what is judged. Both are calibrated on `calibration.txt` of `wikilm`'s data, the sentence model on sentences
-of it. The language model is judged on `evaluation.txt`, the sentence model on the benchmark's 240 sentences,
-which are in neither file.
+of it that have all their words, written as people write them: the text as it is has gaps for rare words and
+spaces around every sign, which the sentence model never meets. The language model is judged on
+`evaluation.txt`, the sentence model on the benchmark's 240 sentences, which are in neither file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import sentence_model
 import torch
 import wikilm
 from planish.codegen.target import Target
-from quality import sentence_calibration
+from quality import calibration_sentences, tokenised
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -33,6 +35,15 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 DENSE = "canonicalize,fuse"
 _SENTENCES = 16
 """In a batch of the sentence model's calibration data."""
+_GAP = "<unk>"
+_SIGNS = (
+    (r" @([-,.])@ ", r"\1"),
+    (r" ([,.;:!?%)\]])", r"\1"),
+    (r"([(\[]) ", r"\1"),
+    (r" ('s|n't)\b", r"\1"),
+    (r'" ([^"]*) "', r'"\1"'),
+)
+"""How the text is spaced, and how it was written."""
 _OPTIONS = "planish.session_options"
 
 
@@ -72,6 +83,7 @@ class Subject:
         load_module: gives the torch module, fresh and unpruned.
         example: what to trace the module with; None for a transformers causal language model.
         calibration: real inputs by graph-input name.
+        losses: how many samples of them losses are measured on.
         judge: figures of how good a model is, by the metric's name.
     """
 
@@ -83,6 +95,7 @@ class Subject:
     load_module: Callable[[], torch.nn.Module]
     example: Callable[[], dict[str, torch.Tensor] | None]
     calibration: Sequence[Feeds]
+    losses: int
     judge: Callable[[Run], dict[str, float]]
 
     @functools.cached_property
@@ -145,8 +158,19 @@ class OnnxFile:
         return functools.partial(self._session.run, None, self.complete(feeds))
 
 
-def sentences(found: wikilm.WikiLM, batch: int, samples: int) -> Subject:
-    """The sentence-embedding model at a batch size, sequence 128."""
+def plain_sentences(found: wikilm.WikiLM) -> list[str]:
+    """Sentences of the calibration text without gaps and headings, signs joined to their words again."""
+    whole = [text for text in calibration_sentences(found) if _GAP not in text and not text.startswith("=")]
+    plain = []
+    for text in whole:
+        for written, meant in _SIGNS:
+            text = re.sub(written, meant, text)
+        plain.append(text if text.endswith(".") else f"{text}.")
+    return plain
+
+
+def sentences(found: wikilm.WikiLM, batch: int, samples: int = 1024) -> Subject:
+    """The sentence-embedding model at a batch size, sequence 128, calibrated on so many sentences."""
     reference = functools.cache(lambda: sentence_model.reference_embeddings(sentence_model.load_module()))
 
     def judge(run: Run) -> dict[str, float]:
@@ -165,13 +189,14 @@ def sentences(found: wikilm.WikiLM, batch: int, samples: int) -> Subject:
         metrics=(Metric("cosine mean", True, 4), Metric("cosine min", True, 4), Metric("nearest", True, 3)),
         load_module=sentence_model.load_module,
         example=sentence_model.example,
-        calibration=sentence_calibration(found, batches=max(1, samples // _SENTENCES), batch=_SENTENCES),
+        calibration=tokenised(plain_sentences(found), max(1, samples // _SENTENCES), _SENTENCES),
+        losses=32,
         judge=judge,
     )
 
 
-def language_model(found: wikilm.WikiLM, samples: int, windows: int) -> Subject:
-    """The small trained Llama at batch 1 and its whole context."""
+def language_model(found: wikilm.WikiLM, windows: int, samples: int = 128) -> Subject:
+    """The small trained Llama at batch 1 and its whole context, calibrated on so many windows."""
     evaluation = functools.cache(lambda: found.evaluation_windows(windows))
 
     def logits(run: Run, ids: Array) -> Array:
@@ -191,6 +216,7 @@ def language_model(found: wikilm.WikiLM, samples: int, windows: int) -> Subject:
         load_module=found.load,
         example=lambda: None,
         calibration=[{"input_ids": ids[None]} for ids in found.calibration_windows(samples)],
+        losses=4,
         judge=judge,
     )
 
@@ -198,15 +224,16 @@ def language_model(found: wikilm.WikiLM, samples: int, windows: int) -> Subject:
 NAMES = ("sentences-b1", "sentences-b8", "wikilm")
 
 
-def subject(name: str, found: wikilm.WikiLM, *, samples: int, windows: int) -> Subject:
+def subject(name: str, found: wikilm.WikiLM, *, samples: int | None, windows: int) -> Subject:
     """A subject by its name.
 
     Args:
         name: one of `NAMES`.
         found: where the language model and the text are.
-        samples: calibration sentences, or windows of the language model.
+        samples: calibration sentences, or windows of the language model; None for as many as suit the model.
         windows: of the language model's evaluation.
     """
+    chosen = {} if samples is None else {"samples": samples}
     if name == "wikilm":
-        return language_model(found, samples, windows)
-    return sentences(found, int(name.removeprefix("sentences-b")), samples)
+        return language_model(found, windows, **chosen)
+    return sentences(found, int(name.removeprefix("sentences-b")), **chosen)

@@ -188,10 +188,19 @@ def sentence_results(found: wikilm.WikiLM, console: Console) -> dict[str, senten
 
 def sentence_calibration(found: wikilm.WikiLM, batches: int = 32, batch: int = 16) -> list[dict[str, Array]]:
     """Sentences of the calibration text, none of which is among those that are judged, padded in batches."""
+    return tokenised(calibration_sentences(found), batches, batch)
+
+
+def calibration_sentences(found: wikilm.WikiLM) -> list[str]:
+    """The calibration text in sentences, as it stands there: signs apart from words, rare words missing."""
     text = (found.data / "calibration.txt").read_text(encoding="utf-8")
-    sentences = [part.strip() for line in text.splitlines() for part in line.split(" . ")]
+    return [part.strip() for line in text.splitlines() for part in line.split(" . ")]
+
+
+def tokenised(sentences: Sequence[str], batches: int, batch: int) -> list[dict[str, Array]]:
+    """Inputs of the sentence model: sentences of middling length, evenly over all, padded in batches."""
     sentences = [sentence for sentence in sentences if 40 < len(sentence) < 400]
-    step = len(sentences) // (batches * batch)
+    step = max(1, len(sentences) // (batches * batch))
     chosen = sentences[::step][: batches * batch]
     tokenizer = tokenizers.Tokenizer.from_file(str(sentence_model.model_folder() / "tokenizer.json"))
     tokenizer.enable_padding()

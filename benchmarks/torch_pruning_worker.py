@@ -82,15 +82,11 @@ class Variant:
 
 _SENTENCES = {
     "magnitude": Variant("magnitude"),
-    "magnitude, global": Variant("magnitude", ranks_globally=True),
-    "Taylor": Variant("taylor"),
     "Taylor, global": Variant("taylor", ranks_globally=True),
 }
 _LANGUAGE_MODEL = {
-    "magnitude, ungrouped": Variant("magnitude"),
     "Taylor, ungrouped": Variant("taylor"),
     "Taylor, FFN, global": Variant("taylor", ranks_globally=True, heads=False),
-    "magnitude, hidden size": Variant("magnitude", heads=False, hidden=True),
     "Taylor, hidden size": Variant("taylor", heads=False, hidden=True),
 }
 

@@ -32,13 +32,13 @@ from .session import Session
 Timer = Callable[[Mapping[str, Callable[[], None]]], Mapping[str, Latency]]
 """Times calls against each other, by name."""
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the meaning of a measurement changes."""
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 _OVERHEAD = "overhead"
 _SECONDS_PER_RUN = 0.1
-_FEWEST_REPEATS, _MOST_REPEATS = 8, 60
-_TURNS = 4
+_FEWEST_REPEATS, _MOST_REPEATS = 8, 64
+_TURNS = 8
 _DISTURBED = 1.5
 """A median so many times the quickest run says that the machine had other work: it is not kept on disk."""
 _MOST_WEIGHT_BYTES = 1 << 30
@@ -91,7 +91,7 @@ class Bench:
         seconds: dict[int, float] = {}
         for count, level in levels.items():
             latency = times[str(count)]
-            seconds[count] = max(latency.median_ms - times[_OVERHEAD].median_ms, 0.0) / 1e3
+            seconds[count] = max(latency.steady_ms - times[_OVERHEAD].steady_ms, 0.0) / 1e3
             if latency.median_ms <= _DISTURBED * latency.fastest_ms:
                 write_seconds(level.key, seconds[count])
         return seconds

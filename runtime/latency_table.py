@@ -235,7 +235,7 @@ def measure_latency_table(
         deployed_with: text of what ``prepare`` does, for the record.
         prepare: the passes that come after pruning, in place; also run on single pieces.
         progress: wraps the loop over distinct pieces.
-        timer: times calls against each other; medians of interleaved runs.
+        timer: times calls against each other; ``steady_ms`` of each counts.
 
     Raises:
         InputError: a level is not possible, or ``feeds`` do not fit.
@@ -272,7 +272,7 @@ def _total(
     copy = clone(model)
     prepare(copy)
     run = open_bound(copy, target).repeatable(fitted_feeds(copy, feeds))
-    return timer({"dense": run})["dense"].median_ms / 1e3
+    return timer({"dense": run})["dense"].steady_ms / 1e3
 
 
 def _checked_counts(structure: Structure, group: ChannelGroup, counts: Sequence[int]) -> list[int]:

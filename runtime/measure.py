@@ -94,10 +94,19 @@ def _log_softmax(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Timings of one callable, in milliseconds."""
+    """Timings of one callable, in milliseconds.
+
+    Attributes:
+        median_ms: of all counted calls.
+        fastest_ms: of all counted calls.
+        steady_ms: the median over bursts of each burst's fastest call: single calls that other work on the
+            machine slowed down do not count, nor does a single moment in which it was fast.
+        samples: how many calls were counted.
+    """
 
     median_ms: float
     fastest_ms: float
+    steady_ms: float
     samples: int
 
 
@@ -126,7 +135,7 @@ def interleaved_latency(
     burst = min(burst, repeats)
     order = list(runs)
     shuffle = np.random.default_rng(seed).shuffle
-    times: dict[str, list[float]] = {name: [] for name in order}
+    times: dict[str, list[list[float]]] = {name: [] for name in order}
     for name in order:
         for _ in range(warmup):
             runs[name]()
@@ -135,10 +144,7 @@ def interleaved_latency(
         for name in order:
             time.sleep(_SPIN_DOWN_SECONDS)
             runs[name]()
-            for _ in range(burst):
-                start = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - start)
+            times[name].append([_seconds(runs[name]) for _ in range(burst)])
     return {name: _latency(times[name]) for name in runs}
 
 
@@ -147,9 +153,17 @@ def interleaved_latency(
 _SPIN_DOWN_SECONDS = 0.05
 
 
-def _latency(seconds: Sequence[float]) -> Latency:
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _latency(bursts: Sequence[Sequence[float]]) -> Latency:
+    seconds = np.array(bursts)
     return Latency(
         median_ms=float(np.median(seconds)) * 1e3,
         fastest_ms=float(np.min(seconds)) * 1e3,
-        samples=len(seconds),
+        steady_ms=float(np.median(seconds.min(axis=1))) * 1e3,
+        samples=seconds.size,
     )

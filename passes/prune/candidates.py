@@ -28,6 +28,9 @@ from .units import DROPPED, Unit, describe, dropped_modules
 Doubles = npt.NDArray[np.float64]
 Levels = Sequence[int]
 
+_CORRECTION_SHARE = 0.25
+"""Of the evaluations, how many a search takes that repeats another one with nearly the same budget."""
+
 
 class Candidates:
     """All combinations of levels of some units.
@@ -66,16 +69,20 @@ class Candidates:
             np.array([level.error for level in database.levels(unit.name)], np.float64) for unit in units
         ]
 
-    def find(self, costs: Sequence[Doubles], budget: float) -> Found | None:
-        """The best candidate whose costs, [levels] of each unit, add up to no more than the budget."""
+    def find(self, costs: Sequence[Doubles], budget: float, *, is_correction: bool = False) -> Found | None:
+        """The best candidate whose costs, [levels] of each unit, add up to no more than the budget.
+
+        A correction moves the budget of the last search by a little: it takes a fraction of the evaluations.
+        """
         if self._start is None:
             self._start = self._sensitivities()
+        share = _CORRECTION_SHARE if is_correction else 1.0
         found = search(
             self.errors,
             costs,
             budget,
             self.loss,
-            evaluations=self._evaluations,
+            evaluations=max(1, round(share * self._evaluations)),
             rng=self._ctx.rng,
             start=self._start,
             progress=self._ctx.progress,

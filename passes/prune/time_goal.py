@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from scipy.optimize import isotonic_regression
 
 from ...codegen.machine import fingerprint
 from ...ir import clone
@@ -93,13 +94,13 @@ class TimeCosts:
         self._points: list[tuple[float, float]] = []
         key = self._key()
         self._memory = Memory(ctx.state_folder() / "times.json", key)
-        dense = self._timing([0] * len(units), lambda: model)
-        self.original = dense.original
+        self._dense = self._timing([0] * len(units), lambda: model)
+        self.original = self._dense.original
         used = self._table(table, force, ctx.state_folder() / f"latency-{_short(key)}.json", structure)
         self._seconds = [
-            np.array([used.seconds[unit.name][count] for count in unit.counts]) for unit in units
+            _falling([used.seconds[unit.name][count] for count in unit.counts]) for unit in units
         ]
-        self._note([0] * len(units), dense)
+        self._note([0] * len(units), self._dense)
 
     def _table(self, given: Path | None, force: bool, known: Path, structure: Structure) -> LatencyTable:
         """The table that was given, or measured by the run that this one goes on from, or measured now."""
@@ -140,24 +141,23 @@ class TimeCosts:
     def reach(self, speedup: float, label: str, candidates: Candidates) -> Reached:
         """The best choice whose measured speed-up is the one asked for.
 
-        Where no attempt comes near enough, the nearest one is returned, and a remark says so.
+        Where no attempt comes near enough, the nearest one is returned, and a remark says so. Where the
+        model is as fast already, it stays as it is.
         """
+        if self._dense.speedup >= speedup:
+            return self._unchanged(label, candidates)
         for _ in range(_SHAPE_ROUNDS):
             levels = solve(candidates.errors, self._seconds, self._budget(speedup))
             assert levels is not None  # the budget is never below the fastest choice
             self._note(levels, self._timing(levels, lambda: self._shaped(levels)))  # noqa: B023
         attempts: list[tuple[float, Reached]] = []
         for _ in range(self._corrections + 1):
-            found = candidates.find(self._seconds, self._budget(speedup))
+            found = candidates.find(self._seconds, self._budget(speedup), is_correction=bool(attempts))
             assert found is not None
             timing = self._timing(found.choice, lambda: candidates.build(found.choice))  # noqa: B023
             self._note(found.choice, timing)
             deviation = abs(timing.speedup / speedup - 1)
-            text = (
-                f"{timing.speedup:.3f} times as fast: {timing.candidate * 1e3:.4g} of "
-                f"{timing.original * 1e3:.4g} ms"
-            )
-            attempts.append((deviation, Reached(found.choice, label, text, found.loss)))
+            attempts.append((deviation, Reached(found.choice, label, _text(timing), found.loss)))
             if deviation <= self._deviation:
                 break
         nearest, reached = min(attempts, key=lambda attempt: attempt[0])
@@ -165,6 +165,11 @@ class TimeCosts:
             self._ctx.remark(label, f"{nearest:.1%} off after {len(attempts)} searches")
         self._memory.write()
         return reached
+
+    def _unchanged(self, label: str, candidates: Candidates) -> Reached:
+        levels = (0,) * len(self._units)
+        text = f"already {_text(self._dense)}; nothing is removed"
+        return Reached(levels, label, text, candidates.loss(levels))
 
     def _note(self, levels: Sequence[int], timing: Timing) -> None:
         # In units of the original's time of the same rounds, or the machine's drift would count as an error.
@@ -211,6 +216,22 @@ class TimeCosts:
                 f"{deployment.batch}x{deployment.sequence} {deployment.deployed_with}",
             ]
         )
+
+
+def _falling(seconds: Sequence[float]) -> Doubles:
+    """The nearest times that never rise from one level to the next smaller one.
+
+    Where a smaller level seems slower, the measurement was disturbed, or the larger one does the same work: a
+    search would take either for a saving that is none.
+    """
+    found: Doubles = isotonic_regression(np.array(seconds, np.float64), increasing=False).x
+    return found
+
+
+def _text(timing: Timing) -> str:
+    return (
+        f"{timing.speedup:.3f} times as fast: {timing.candidate * 1e3:.4g} of {timing.original * 1e3:.4g} ms"
+    )
 
 
 def _short(key: str) -> str:

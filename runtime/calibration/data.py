@@ -75,7 +75,7 @@ class CalibrationData(Sequence[Feeds]):
             raise InputError(
                 "the calibration data is empty", hint="give some inputs, or leave calibration= out"
             )
-        return cls(_regroup(batches) if _has_batch_axis(model) else batches)
+        return cls(_regroup(batches) if has_batch_axis(model) else batches)
 
     def fitted(self, model: ir.Model) -> CalibrationData:
         """The same data for a graph whose inputs have changed, see `fitted`."""
@@ -242,7 +242,7 @@ def _check_labels(labels: Array, feeds: Feeds) -> None:
         raise InputError("labels hold NaN or infinity")
 
 
-def _has_batch_axis(model: ir.Model) -> bool:
+def has_batch_axis(model: ir.Model) -> bool:
     """Whether axis 0 of every input is one and the same free dimension: samples may be put together."""
     first = [value.shape[0] if value.shape else None for value in model.graph.inputs]
     names = {dim.value if isinstance(dim, ir.SymbolicDim) else None for dim in first}

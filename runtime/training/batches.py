@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.errors import InputError
-from ..calibration.data import LABELS, Feeds
+from ..calibration.data import LABELS, Feeds, has_batch_axis
 
 _CACHE = "past_key_values."
 _MOST_HELD_OUT = 16
@@ -54,7 +54,7 @@ class Batches:
                 hint="give compile(..., training=inputs) or calibration=inputs",
             )
         self._data, self._size, self._seed = data, size, seed
-        samples = _samples(data, splits=_has_batch_axis(model))
+        samples = _samples(data, splits=has_batch_axis(model))
         order = np.random.default_rng([seed]).permutation(len(samples))
         count = min(max(1, round(held_out * len(samples))), _MOST_HELD_OUT * size)
         kept = [samples[index] for index in order[:count]]
@@ -103,12 +103,6 @@ def _chunks(samples: Sequence[_Sample], size: int) -> list[list[_Sample]]:
         alike = (sample.batch,) if sample.row is None else sample.shapes
         waiting.setdefault(alike, []).append(sample)
     return [group[at : at + size] for group in waiting.values() for at in range(0, len(group), size)]
-
-
-def _has_batch_axis(model: ir.Model) -> bool:
-    first = [value.shape[0] if value.shape else None for value in model.graph.inputs]
-    names = {dim.value if isinstance(dim, ir.SymbolicDim) else None for dim in first}
-    return len(names) == 1 and None not in names
 
 
 def feeds_for(model: ir.Model, feeds: Feeds) -> Feeds:

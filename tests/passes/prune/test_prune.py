@@ -143,6 +143,24 @@ def test_several_targets_are_alternatives(model, calibration, clock):
         assert measured == pytest.approx(speedup, rel=0.03)
 
 
+def test_a_model_that_is_fast_enough_stays_as_it_is(llama, model, calibration, clock):
+    faster = clone(llama.model)
+    prune(faster, calibration, speedup=(2.0,))
+    before = weights_of(faster)
+    # The second pass of a pipeline, which measures against the model before the first.
+    pipeline = Pipeline(
+        [
+            Prune(speedup=(2.0,), evaluations=6, samples=2, **DEPLOYMENT),
+            Prune(speedup=(1.5,), evaluations=6, samples=2, **DEPLOYMENT),
+        ]
+    )
+    report = run_pipeline(model, pipeline, target=TARGET, calibration=calibration)
+    assert weights_of(model) == before
+    (remark,) = [remark for remark in report.passes[1].remarks if remark.subject == "1.5x"]
+    assert remark.text.startswith("already 2.0")
+    assert "nothing is removed" in remark.text
+
+
 def test_an_impossible_target_is_refused_with_the_fastest_one(model, calibration, clock):
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
     with pytest.raises(PassError, match=r"speed-up of 50 .* is out of reach: .* is \d+\.\d+ times as fast"):
