@@ -249,11 +249,11 @@ class Work:
         """With the time of a call, all files in turns."""
         feeds = self._subject.deployment_feeds()
         files = {row.name: OnnxFile(self._folder / row.file).timed(feeds) for row in rows if row.file}
-        latency = interleaved_latency(files, repeats=repeats)
-        dense = latency[rows[0].name].median_ms
+        latency = interleaved_latency(files, repeats=repeats, burst=1)
+        dense = latency[rows[0].name]
         return [
             dataclasses.replace(
-                row, milliseconds=latency[row.name].median_ms, speedup=dense / latency[row.name].median_ms
+                row, milliseconds=latency[row.name].median_ms, speedup=latency[row.name].speedup_over(dense)
             )
             if row.file
             else row
@@ -322,7 +322,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--distill", type=int, default=0, help="steps of a distillation after pruning")
     parser.add_argument("--evaluations", type=int, default=50, help="of the search for one target")
     parser.add_argument("--calibration", type=int, help="sentences or windows")
-    parser.add_argument("--repeats", type=int, default=64, help="timed calls of each file")
+    parser.add_argument("--repeats", type=int, default=32, help="rounds in which each file is timed")
     parser.add_argument("--output", type=Path, default=Path("composition-output"), help="where work is kept")
     parser.add_argument("--report", type=Path, default=_RESULTS, help="Markdown file for the tables")
     return parser.parse_args()
@@ -342,7 +342,8 @@ def main() -> None:
         "# Pruning together with rotation and quantisation",
         "",
         f"{processor()}; onnxruntime {onnxruntime.__version__}, default threads. Speed-ups are over the "
-        f"dense float model, all files of a model timed in turns, {arguments.repeats} calls each, medians. "
+        f"dense float model, all files of a model timed in {arguments.repeats} rounds of one call each; "
+        "medians of the rounds'. "
         "Calibration is on the calibration text; the sentence model is judged on the "
         f"benchmark's 240 sentences, the language model on {arguments.windows} windows of other text. "
         "*Cosine* and *KL to before*: the graph after a pass against the one before it.",

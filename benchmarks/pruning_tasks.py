@@ -216,7 +216,7 @@ def measure(task: Task, pruner: Pruner, methods: Sequence[str], console: Console
         (method, target): Row(
             method=method,
             target=target,
-            speedup=times["dense", 1.0].median_ms / times[method, target].median_ms,
+            speedup=times[method, target].speedup_over(times["dense", 1.0]),
             accuracy=accuracy(sessions[method, target], task.test),
             megabytes=path.stat().st_size / 1e6,
         )

@@ -158,5 +158,5 @@ def latencies(
 ) -> dict[tuple[str, float], Latency]:
     """What a call takes, all files in turns."""
     runs = {str(key): functools.partial(session.run, None, dict(feeds)) for key, session in sessions.items()}
-    found = interleaved_latency(runs, repeats=_TIMED_CALLS)
+    found = interleaved_latency(runs, repeats=_TIMED_CALLS, burst=1)
     return {key: found[str(key)] for key in sessions}

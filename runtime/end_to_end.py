@@ -21,6 +21,7 @@ def end_to_end_latency(
     target: Target,
     feeds: Mapping[str, Feeds] | Feeds,
     repeats: int = 24,
+    burst: int = 8,
 ) -> dict[str, Latency]:
     """Time models against each other, as the target runs them.
 
@@ -30,6 +31,7 @@ def end_to_end_latency(
         feeds: inputs for all models, or for each by its name. A model is given those that it has: pruned
             models may lack caches, or have fewer key-value heads in them.
         repeats: counted runs of each.
+        burst: counted runs of one model in a row.
 
     Raises:
         InputError: an input is missing or does not fit; the message names the model.
@@ -42,7 +44,7 @@ def end_to_end_latency(
             runs[name] = open_bound(model, target).repeatable(fitted_feeds(model, own))
         except InputError as error:
             raise InputError(f"latency of {name!r}: {error.message}", hint=error.hint) from error
-    return interleaved_latency(runs, repeats=repeats)
+    return interleaved_latency(runs, repeats=repeats, burst=burst)
 
 
 def open_bound(model: ir.Model, target: Target) -> Session:

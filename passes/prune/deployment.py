@@ -22,13 +22,20 @@ from ..infrastructure.pipeline import Pipeline
 from .deployed import deployed
 
 _ORIGINAL, _CANDIDATE = "original", "candidate"
-_SECONDS, _FEWEST, _MOST = 2.0, 24, 400
-"""How long a model is timed, in seconds, and the limits of the number of runs."""
+_SECONDS, _FEWEST, _MOST = 6.0, 12, 48
+"""How long a pair of models is timed, about, in seconds, and the limits of the number of rounds."""
+_ROUND_MS = 100.0
+"""Of a round's pauses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What a candidate takes beside the original, in seconds; medians of the same rounds."""
+    """What a candidate takes beside the original, in seconds.
+
+    Attributes:
+        original: the median.
+        candidate: the original's median over the speed-up, which is the median of the rounds' own.
+    """
 
     original: float
     candidate: float
@@ -69,7 +76,7 @@ class Deployment:
             original, batch=batch, sequence=sequence, examples=_complete(examples, original)
         )
         self._original = self.deployed(original)
-        self._repeats = _FEWEST
+        self._rounds = _FEWEST
 
     def deployed(self, model: ir.Model) -> ir.Model:
         """A clone of a model with the passes applied."""
@@ -87,10 +94,15 @@ class Deployment:
     def measure(self, candidate: ir.Model) -> Timing:
         """Time a candidate, canonical as it comes from pruning, against the original."""
         models = {_ORIGINAL: self._original, _CANDIDATE: self.deployed(candidate)}
-        latency = end_to_end_latency(models, target=self.target, feeds=self.feeds, repeats=self._repeats)
-        seconds = {name: entry.median_ms / 1e3 for name, entry in latency.items()}
-        self._repeats = max(_FEWEST, min(_MOST, round(_SECONDS / seconds[_ORIGINAL])))
-        return Timing(seconds[_ORIGINAL], seconds[_CANDIDATE])
+        latency = end_to_end_latency(
+            models, target=self.target, feeds=self.feeds, repeats=self._rounds, burst=1
+        )
+        original, candidate = latency[_ORIGINAL], latency[_CANDIDATE]
+        # In each round, one call of either is counted, and one before it is not.
+        round_ms = 2 * (original.median_ms + candidate.median_ms) + _ROUND_MS
+        self._rounds = max(_FEWEST, min(_MOST, round(_SECONDS * 1e3 / round_ms)))
+        seconds = original.median_ms / 1e3
+        return Timing(seconds, seconds / candidate.speedup_over(original))
 
 
 def _complete(examples: Sequence[Feeds], model: ir.Model) -> list[Feeds]:

@@ -61,7 +61,13 @@ class Clock:
             run()
         medians = {name: 1e3 * self._seconds.get(name, 1.0) for name in runs}
         return {
-            name: Latency(median_ms=median, fastest_ms=median / self._spread, steady_ms=median, samples=1)
+            name: Latency(
+                median_ms=median,
+                fastest_ms=median / self._spread,
+                steady_ms=median,
+                samples=1,
+                rounds_ms=(median,),
+            )
             for name, median in medians.items()
         }
 

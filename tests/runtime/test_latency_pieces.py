@@ -347,7 +347,8 @@ def test_table_of_a_decoder(past, levels, tmp_path, monkeypatch):
             run()
         medians = {name: 1e3 * float(name) if name.isdigit() else 0.0 for name in runs}
         return {
-            name: Latency(median_ms=m, fastest_ms=m, steady_ms=m, samples=1) for name, m in medians.items()
+            name: Latency(median_ms=m, fastest_ms=m, steady_ms=m, samples=1, rounds_ms=(m,))
+            for name, m in medians.items()
         }
 
     table = measure_latency_table(

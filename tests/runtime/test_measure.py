@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from planish.runtime.measure import difference, interleaved_latency
+from planish.runtime import measure
+from planish.runtime.measure import Latency, difference, interleaved_latency
 
 
 def test_equal_arrays_have_no_difference():
@@ -72,3 +73,21 @@ def test_latency_counts_calls_and_orders_by_cost():
     assert calls == {"a": 2 + 3 * 3, "b": 2 + 3 * 3}
     assert result["a"].samples == 6
     assert result["a"].fastest_ms <= result["a"].steady_ms <= result["a"].median_ms
+
+
+def test_a_speedup_is_that_of_the_rounds_and_not_of_the_medians():
+    def latency(*rounds):
+        return Latency(median_ms=0, fastest_ms=0, steady_ms=0, samples=len(rounds), rounds_ms=rounds)
+
+    # The machine was slow in the second and third round; the medians' ratio would be 4.
+    assert latency(1, 3, 4).speedup_over(latency(2, 6, 16)) == 2
+
+
+def test_a_round_is_what_a_burst_took():
+    clock = iter(np.cumsum([1.0, 2, 1, 4, 1, 3, 1, 8, 1, 2]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+        latency = interleaved_latency({"a": lambda: None}, repeats=4, warmup=0, burst=2)["a"]
+    # Between the two looks at the clock: 2 and 4, then 3 and 8.
+    assert latency.rounds_ms == (3000, 5500)
+    assert (latency.fastest_ms, latency.steady_ms, latency.median_ms) == (2000, 2500, 3500)
