@@ -64,6 +64,7 @@ class Candidates:
             ctx.remark(name, f"its candidates take a session each, which is slower: {reason}")
         self._evaluations = evaluations
         self._start: Doubles | None = None
+        self._near: Levels | None = None
         self._losses = Memory(memory, database.key)
         self.errors = [
             np.array([level.error for level in database.levels(unit.name)], np.float64) for unit in units
@@ -85,12 +86,13 @@ class Candidates:
             evaluations=max(1, round(share * self._evaluations)),
             rng=self._ctx.rng,
             start=self._start,
+            near=self._near,
             progress=self._ctx.progress,
         )
         self._losses.write()
         if found is not None:
             # What matters for one budget matters for the next, which is a little or a step away.
-            self._start = found.coefficients
+            self._start, self._near = found.coefficients, found.choice
         return found
 
     def _sensitivities(self) -> Doubles:

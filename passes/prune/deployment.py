@@ -24,6 +24,8 @@ from .deployed import deployed
 _ORIGINAL, _CANDIDATE = "original", "candidate"
 _SECONDS, _FEWEST, _MOST = 6.0, 12, 48
 """How long a pair of models is timed, about, in seconds, and the limits of the number of rounds."""
+_CAREFUL = 3
+"""How many times longer a pair is timed where the result decides."""
 _ROUND_MS = 100.0
 """Of a round's pauses."""
 
@@ -91,11 +93,20 @@ class Deployment:
         """The inputs, fitted to a model that has lost some of them."""
         return fitted(self.feeds, model)
 
-    def measure(self, candidate: ir.Model) -> Timing:
-        """Time a candidate, canonical as it comes from pruning, against the original."""
+    def measure(self, candidate: ir.Model, *, careful: bool = False) -> Timing:
+        """Time a candidate, canonical as it comes from pruning, against the original.
+
+        Args:
+            candidate: not changed.
+            careful: for longer, because the candidate may be the result.
+        """
         models = {_ORIGINAL: self._original, _CANDIDATE: self.deployed(candidate)}
         latency = end_to_end_latency(
-            models, target=self.target, feeds=self.feeds, repeats=self._rounds, burst=1
+            models,
+            target=self.target,
+            feeds=self.feeds,
+            repeats=self._rounds * (_CAREFUL if careful else 1),
+            burst=1,
         )
         original, candidate = latency[_ORIGINAL], latency[_CANDIDATE]
         # In each round, one call of either is counted, and one before it is not.

@@ -134,6 +134,7 @@ def search(
     evaluations: int,
     rng: np.random.Generator,
     start: npt.NDArray[Any] | None = None,
+    near: Sequence[int] | None = None,
     progress: Progress = _no_progress,
 ) -> Found | None:
     """The best choice within the budget that ``evaluations`` different choices show.
@@ -149,6 +150,7 @@ def search(
         evaluations: how many different choices to look at, at least one.
         rng: draws coefficients.
         start: [units] measured sensitivities of the units, not negative: coefficients to try early.
+        near: the best choice within another budget: brought within this one, it is looked at first.
         progress: shows how far the search is.
 
     Returns:
@@ -159,11 +161,11 @@ def search(
     untried = _first_coefficients(len(errors), start, evaluations, rng)
     best = Found((), untried[0], np.inf, 0)
     seen: set[tuple[int, ...]] = set()
+    first_choice = None if near is None else brought_within(near, _weighted(errors, start), seconds, budget)
 
     def by_coefficients() -> tuple[tuple[int, ...], Doubles]:
         coefficients = untried.pop(0) if untried else _mutated(best.coefficients, rng)
-        weighted = [factor * unit for factor, unit in zip(coefficients, errors, strict=True)]
-        return tuple(solve(weighted, seconds, budget) or ()), coefficients
+        return tuple(solve(_weighted(errors, coefficients), seconds, budget) or ()), coefficients
 
     def by_exchange() -> tuple[tuple[int, ...], Doubles]:
         return _exchanged(best.choice, seconds, budget, rng), best.coefficients
@@ -173,9 +175,11 @@ def search(
         if done >= _COEFFICIENTS_SHARE * evaluations:
             first, second = second, first
         proposals = (way() for way in (first, second) for _ in range(_MOST_REPEATS))
-        choice, coefficients = next(
-            (new for new in proposals if new[0] not in seen), (None, best.coefficients)
-        )
+        choice, coefficients = first_choice, best.coefficients
+        if choice is None or done:
+            choice, coefficients = next(
+                (new for new in proposals if new[0] not in seen), (None, best.coefficients)
+            )
         if choice is None:
             break
         seen.add(choice)
@@ -183,6 +187,55 @@ def search(
         if loss < best.loss or not best.choice:
             best = Found(choice, coefficients, loss, len(seen))
     return dataclasses.replace(best, evaluations=len(seen))
+
+
+def _weighted(
+    errors: Sequence[npt.NDArray[Any]], coefficients: npt.NDArray[Any] | None
+) -> list[npt.NDArray[Any]]:
+    if coefficients is None:
+        return list(errors)
+    return [factor * unit for factor, unit in zip(coefficients, errors, strict=True)]
+
+
+def brought_within(
+    choice: Sequence[int],
+    errors: Sequence[npt.NDArray[Any]],
+    seconds: Sequence[npt.NDArray[Any]],
+    budget: float,
+) -> tuple[int, ...] | None:
+    """A choice that keeps the budget, with as few levels changed as that takes.
+
+    While it takes too long, the level changes that raises the error least for the time that it saves; then,
+    while something fits into what is left over, the one that lowers the error most.
+
+    Returns:
+        None if the fastest levels take longer than the budget.
+    """
+    levels = [int(level) for level in choice]
+    spare = budget - sum(float(times[level]) for times, level in zip(seconds, levels, strict=True))
+
+    def change(unit: int, level: int) -> tuple[float, float]:
+        """What the error rises by, and the time."""
+        current = levels[unit]
+        return (
+            float(errors[unit][level] - errors[unit][current]),
+            float(seconds[unit][level] - seconds[unit][current]),
+        )
+
+    every = [(unit, level) for unit, times in enumerate(seconds) for level in range(len(times))]
+    while spare < 0:
+        faster = [(each, *change(*each)) for each in every if change(*each)[1] < 0]
+        if not faster:
+            return None
+        (unit, level), _, slower = min(faster, key=lambda entry: entry[1] / -entry[2])
+        levels[unit], spare = level, spare - slower
+    while True:
+        better = [(each, *change(*each)) for each in every]
+        better = [entry for entry in better if entry[1] < 0 and entry[2] <= spare]
+        if not better:
+            return tuple(levels)
+        (unit, level), _, slower = min(better, key=lambda entry: entry[1])
+        levels[unit], spare = level, spare - slower
 
 
 def _first_coefficients(

@@ -39,6 +39,8 @@ Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 _SHAPE_ROUNDS = 1
 """Shapes that are measured for each goal before the first search."""
+_NEAR = 0.1
+"""Of a measured speed-up from the goal, relative: from there, a search need not begin anew."""
 _NOISE = 0.02
 """Of a measured latency, relative: points nearer to the goal than this are equally good."""
 
@@ -152,9 +154,10 @@ class TimeCosts:
             self._note(levels, self._timing(levels, lambda: self._shaped(levels)))  # noqa: B023
         attempts: list[tuple[float, Reached]] = []
         for _ in range(self._corrections + 1):
-            found = candidates.find(self._seconds, self._budget(speedup), is_correction=bool(attempts))
+            is_near = bool(attempts) and attempts[-1][0] <= _NEAR
+            found = candidates.find(self._seconds, self._budget(speedup), is_correction=is_near)
             assert found is not None
-            timing = self._timing(found.choice, lambda: candidates.build(found.choice))  # noqa: B023
+            timing = self._timing(found.choice, lambda: candidates.build(found.choice), careful=True)  # noqa: B023
             self._note(found.choice, timing)
             deviation = abs(timing.speedup / speedup - 1)
             attempts.append((deviation, Reached(found.choice, label, _text(timing), found.loss)))
@@ -196,12 +199,15 @@ class TimeCosts:
         apply_shapes(model, self._units, levels)
         return model
 
-    def _timing(self, levels: Sequence[int], build: Callable[[], ir.Model]) -> Timing:
+    def _timing(
+        self, levels: Sequence[int], build: Callable[[], ir.Model], *, careful: bool = False
+    ) -> Timing:
         def measure() -> list[float]:
-            timing = self._deployment.measure(build())
+            timing = self._deployment.measure(build(), careful=careful)
             return [timing.original, timing.candidate]
 
-        return Timing(*self._memory.get(describe(self._units, levels), measure))
+        what = describe(self._units, levels) + (" careful" if careful else "")
+        return Timing(*self._memory.get(what, measure))
 
     def _key(self) -> str:
         """All that times depend on: the models, the levels, the deployment and the machine."""

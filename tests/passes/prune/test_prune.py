@@ -16,7 +16,8 @@ from planish.ir import clone, verify
 from planish.ir.errors import InputError, NothingCoveredError, PassError, PipelineError
 from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.infrastructure.pipeline import Pipeline
-from planish.passes.prune import Prune, deployment, time_goal
+from planish.passes.prune import Prune, candidates, deployment, time_goal
+from planish.passes.prune.spdy import search
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.latency_table import LatencyTable
 from planish.runtime.stitched_model import StitchedModel
@@ -74,7 +75,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[ir.Model]:
     def seconds(model: ir.Model) -> float:
         return (OVERHEAD + weights_of(model)) ** 1.1 * 1e-6
 
-    def measure(self: deployment.Deployment, candidate: ir.Model) -> deployment.Timing:
+    def measure(
+        self: deployment.Deployment, candidate: ir.Model, *, careful: bool = False
+    ) -> deployment.Timing:
         measured.append(candidate)
         return deployment.Timing(seconds(self._original), seconds(candidate))
 
@@ -125,6 +128,18 @@ def test_the_measured_speedup_is_the_one_asked_for(model, calibration, clock, sp
     measured = ((OVERHEAD + dense) / (OVERHEAD + weights_of(model))) ** 1.1
     assert measured == pytest.approx(speedup, rel=0.03)  # the pass's default deviation
     verify(model)
+
+
+def test_a_search_that_is_repeated_takes_fewer_evaluations(model, calibration, clock, monkeypatch):
+    asked = []
+
+    def spied(*arguments, evaluations, **options):
+        asked.append(evaluations)
+        return search(*arguments, evaluations=evaluations, **options)
+
+    monkeypatch.setattr(candidates, "search", spied)
+    prune(model, calibration, speedup=(2.0,), evaluations=8, deviation=1e-9, corrections=2)
+    assert asked == [8, 2, 2]
 
 
 def test_latency_in_milliseconds_is_the_same_goal(model, calibration, clock):

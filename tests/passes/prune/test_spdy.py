@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planish.passes.prune.spdy import search, solve
+from planish.passes.prune.spdy import brought_within, search, solve
 
 # Multiples of 2⁻¹⁰ add up without rounding.
 EXACT = st.integers(0, 1024).map(lambda time: time / 1024)
@@ -220,3 +220,43 @@ def test_an_interrupted_search_goes_on_where_it_was():
     assert len(known) == 25
     assert (found.choice, found.loss, found.evaluations) == (whole.choice, whole.loss, whole.evaluations)
     np.testing.assert_array_equal(found.coefficients, whole.coefficients)
+
+
+@given(st.data())
+def test_a_choice_is_brought_within_a_budget(data):
+    errors, seconds = data.draw(problems(EXACT))
+    choice = [data.draw(st.integers(0, len(times) - 1)) for times in seconds]
+    fastest = sum(times.min() for times in seconds)
+    budget = data.draw(EXACT) * 5
+    found = brought_within(choice, errors, seconds, budget)
+    if budget < fastest:
+        assert found is None
+        return
+    assert total(seconds, found) <= budget
+    if total(seconds, choice) <= budget:
+        assert total(errors, found) <= total(errors, choice)
+
+
+def test_the_least_error_for_the_time_goes_first_and_what_is_left_over_is_used():
+    errors = [np.array([0.0, 1.0, 5.0]), np.array([0.0, 1.0]), np.array([0.0, 0.4])]
+    seconds = [np.array([4.0, 3.0, 0.0]), np.array([5.0, 2.0]), np.array([1.0, 0.5])]
+    # Of 10 s, 3 must go: the second unit gives 3 for 1.
+    assert brought_within([0, 0, 0], errors, seconds, 7.0) == (0, 1, 0)
+    # Half a second less: then the third gives it for 0.4.
+    assert brought_within([0, 0, 0], errors, seconds, 6.5) == (0, 1, 1)
+    assert brought_within([0, 1, 1], errors, seconds, 10.0) == (0, 0, 0)
+    assert brought_within([0, 0, 0], errors, seconds, 2.4) is None
+
+
+def test_a_search_looks_at_the_near_choice_first():
+    errors = [np.array([0.0, 1.0]), np.array([0.0, 1.0])]
+    seconds = [np.array([2.0, 1.0]), np.array([2.0, 1.0])]
+    asked = []
+
+    def fitness(choice):
+        asked.append(tuple(choice))
+        return 1.0
+
+    rng = np.random.default_rng(0)
+    search(errors, seconds, 3.0, fitness, evaluations=2, rng=rng, near=[0, 1])
+    assert asked[0] == (0, 1)
