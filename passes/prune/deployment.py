@@ -108,12 +108,12 @@ class Deployment:
             repeats=self._rounds * (_CAREFUL if careful else 1),
             burst=1,
         )
-        original, candidate = latency[_ORIGINAL], latency[_CANDIDATE]
+        before, after = latency[_ORIGINAL], latency[_CANDIDATE]
         # In each round, one call of either is counted, and one before it is not.
-        round_ms = 2 * (original.median_ms + candidate.median_ms) + _ROUND_MS
+        round_ms = 2 * (before.median_ms + after.median_ms) + _ROUND_MS
         self._rounds = max(_FEWEST, min(_MOST, round(_SECONDS * 1e3 / round_ms)))
-        seconds = original.median_ms / 1e3
-        return Timing(seconds, seconds / candidate.speedup_over(original))
+        seconds = before.median_ms / 1e3
+        return Timing(seconds, seconds / after.speedup_over(before))
 
 
 def _complete(examples: Sequence[Feeds], model: ir.Model) -> list[Feeds]:
