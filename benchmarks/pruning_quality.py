@@ -261,8 +261,8 @@ def header(settings: Settings, arguments: argparse.Namespace) -> str:
     return (
         f"All files of a model and target are timed together with the dense model in {arguments.repeats} "
         "rounds of one call each; a speed-up is the median of the rounds'. Each search looks at "
-        f"{settings.evaluations} candidates, and at a quarter as many where it is repeated to correct the "
-        "time. Calibration is on the calibration text; the sentence model is judged on the benchmark's 240 "
+        f"{settings.evaluations} candidates, and at a quarter as many where it is repeated near the "
+        "goal. Calibration is on the calibration text; the sentence model is judged on the benchmark's 240 "
         f"sentences, the language model on {arguments.windows} windows of its evaluation text. Nothing is "
         "trained after pruning. At batch 8 only ZipLM is run."
     )

@@ -61,8 +61,8 @@ class Prune(Pass):
         level_factor: each level of channels keeps this share of the one before; heads go one by one.
         smallest_level: the least share of a group's channels that may stay, modules that go as a whole apart.
         multiple: numbers of channels that stay are multiples of this.
-        evaluations: losses of candidates that the search for one target measures; a quarter as many each
-            time that it is repeated.
+        evaluations: losses of candidates that the search for one target measures; a quarter as many where
+            it is repeated near the goal.
         samples: samples of the calibration data that losses are measured on.
         damp: added to the diagonal of the Hessian, relative to its mean.
         deployed_with: passes that the timed models go through first, as text; empty for none.

@@ -159,7 +159,8 @@ def search(
     if solve(errors, seconds, budget) is None:
         return None
     untried = _first_coefficients(len(errors), start, evaluations, rng)
-    best = Found((), untried[0], np.inf, 0)
+    # What was learned for another budget is where mutations go on from.
+    best = Found((), untried[0 if start is None else 1], np.inf, 0)
     seen: set[tuple[int, ...]] = set()
     first_choice = None if near is None else brought_within(near, _weighted(errors, start), seconds, budget)
 

@@ -258,5 +258,8 @@ def test_a_search_looks_at_the_near_choice_first():
         return 1.0
 
     rng = np.random.default_rng(0)
-    search(errors, seconds, 3.0, fitness, evaluations=2, rng=rng, near=[0, 1])
-    assert asked[0] == (0, 1)
+    learned = np.array([0.5, 1.0])
+    found = search(errors, seconds, 3.0, fitness, evaluations=2, rng=rng, start=learned, near=[0, 1])
+    assert asked[0] == found.choice == (0, 1)
+    # All choices lose the same, so the first one stays, with what was learned.
+    np.testing.assert_array_equal(found.coefficients, learned)
