@@ -111,7 +111,11 @@ class Prune(Pass):
             given[0], (0.0, 1.0)
         )
         if any(not lowest < value < highest for value in goals[given[0]]):
-            raise PipelineError(f"prune: {given[0]}: {list(goals[given[0]])} is out of range")
+            below = "" if highest == math.inf else f" and below {highest:g}"
+            raise PipelineError(
+                f"prune: {given[0]}: {list(goals[given[0]])} is out of range",
+                hint=f"give numbers above {lowest:g}{below}, as in prune{{{given[0]}=…}}",
+            )
         if not 0 < self.level_factor < 1 or not 0 < self.smallest_level < 1:
             raise PipelineError("prune: level_factor and smallest_level must lie between 0 and 1")
         counts = ("batch", "sequence", "multiple", "evaluations", "samples")
