@@ -52,6 +52,11 @@ class Target(abc.ABC):
         ``model`` is not changed.
         """
 
+    def for_rows(self, rows: int) -> Target:
+        """The same target, choosing kernels for so many rows (batch × sequence) of a linear at a time."""
+        del rows
+        return self
+
     def unsupported_reason(self, linear: LinearFormat) -> str | None:
         """Why this target cannot run linears of a scheme, known before any work is done; None if it can.
 

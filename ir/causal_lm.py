@@ -23,6 +23,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from .decoder_facts import DecoderFacts
 from .dynamic_shapes import BATCH, SEQUENCE, DynamicDim, relabel
 from .errors import InputError, TraceError
 from .signature import META_KEY, REMARKS_KEY, Signature, is_tensor
@@ -33,6 +34,8 @@ TOTAL_SEQUENCE = "total_sequence_length"
 
 _BATCH_SIZE, _SEQUENCE_LENGTH, _PAST_LENGTH = 2, 3, 5
 _ALWAYS = {"use_cache": True, "return_dict": True}
+_INTEGERS = {ir.DataType.INT8: torch.int8, ir.DataType.UINT8: torch.uint8}
+"""What quantised caches are stored as."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class CausalLMSignature(Signature):
     output_class: type
 
     def restricted(self, graph: ir.Graph) -> CausalLMSignature:
-        """The convention of a graph whose cache has lost layers or heads since it was traced.
+        """The convention of a graph whose cache has changed since it was traced: layers, heads, sizes, types.
 
         The caches that it takes and returns have the layers that are left, in order.
         """
@@ -113,7 +116,7 @@ class CausalLMSignature(Signature):
             attended = (feeds["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             feeds["position_ids"] = arguments.pop("position_ids", attended[:, -ids.shape[1] :])
         for name, value in arguments.items():
-            if _ALWAYS.get(name) != value:
+            if is_tensor(value) or _ALWAYS.get(name) != value:
                 raise InputError(
                     f"argument {name!r} is no input of the traced model",
                     hint=f"inputs: {', '.join(self.input_names[:4])}, …",
@@ -150,12 +153,27 @@ def _is_past(name: str) -> bool:
 
 
 def _resized(layer: CacheLayer, key: ir.Value, value: ir.Value) -> CacheLayer:
-    """The layer with the heads that its graph inputs [batch, heads, past, size] have now."""
-    key_heads, value_heads = (
-        cache.shape[1] if cache.shape is not None and isinstance(cache.shape[1], int) else heads
-        for cache, heads in ((key, layer.key_heads), (value, layer.value_heads))
+    """The layer with the sizes and the type that its graph inputs [batch, heads, past, size] have now."""
+    key_heads, key_size = _heads_and_size(key, (layer.key_heads, layer.key_size))
+    value_heads, value_size = _heads_and_size(value, (layer.value_heads, layer.value_size))
+    return CacheLayer(
+        key_heads=key_heads,
+        key_size=key_size,
+        value_heads=value_heads,
+        value_size=value_size,
+        dtype=_INTEGERS.get(key.dtype or ir.DataType.UNDEFINED, layer.dtype),
     )
-    return dataclasses.replace(layer, key_heads=key_heads, value_heads=value_heads)
+
+
+def _heads_and_size(cache: ir.Value, known: tuple[int, int]) -> tuple[int, int]:
+    """Of [batch, heads, past, size], as far as the graph tells."""
+    if cache.shape is None:
+        return known
+    heads, size = (
+        dim if isinstance(dim, int) else default
+        for dim, default in zip(cache.shape[1::2], known, strict=True)
+    )
+    return heads, size
 
 
 def is_causal_lm(module: torch.nn.Module) -> bool:
@@ -223,6 +241,7 @@ def trace_causal_lm(model: torch.nn.Module, *, opset: int = 23) -> ir.Model:
         output_class=output_class,
     )
     traced.model.meta[REMARKS_KEY] = traced.remarks
+    DecoderFacts.of_config(model.config).write(traced.model)
     return traced.model
 
 

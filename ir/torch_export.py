@@ -211,6 +211,7 @@ def convert(program: torch.export.ExportedProgram, *, opset: int, title: str) ->
         TraceError: the program writes to a buffer or input, or an operation has no ONNX form; names the
             submodule and the line it comes from.
     """
+    _say_that_heads_are_shared(program)
     with tracing(torch.nn.Identity()):
         try:
             converted = torch.onnx.export(
@@ -229,6 +230,19 @@ def convert(program: torch.export.ExportedProgram, *, opset: int, title: str) ->
     if model.functions:
         onnx_ir_passes.InlinePass()(model)
     return model
+
+
+def _say_that_heads_are_shared(program: torch.export.ExportedProgram) -> None:
+    """Mark attention whose one head of keys and values is broadcast to all queries as grouped.
+
+    Torch's attention broadcasts silently; the ONNX operator wants to be told, and the two are the same.
+    """
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            continue
+        query, key, value = (operand.meta["val"].shape for operand in node.args[:3])
+        if len(query) == 4 and key[1] == value[1] == 1 and query[1] != 1:
+            node.update_kwarg("enable_gqa", True)
 
 
 def tidy(

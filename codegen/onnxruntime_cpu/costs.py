@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir import ops
+from ...ir.graph_builder import GraphBuilder
 from ...ir.views.linears import Linear, as_linear
 from ..microbenchmark import Feeds
 from .encoded_linear import ENCODED_BODY, ENCODED_KERNELS, encoded_op, is_encoded
 from .float_weights import FLOAT_KERNEL
-from .graph_builder import GraphBuilder
 from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS, HadamardSpec, hadamard_op, made_up_hadamard
 from .kernel import Chooser, Kernel
 from .linear_kernels import LINEAR_BODY, LINEAR_KERNELS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .graph_builder import GraphBuilder
+from ...ir.graph_builder import GraphBuilder
 
 FLOAT_KERNEL = "MatMul of weights dequantised at load"
 CONV_KERNEL = "Conv of weights dequantised at load"

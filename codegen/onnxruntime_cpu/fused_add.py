@@ -16,8 +16,8 @@ import functools
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.graph_builder import GraphBuilder
 from ..microbenchmark import Feeds
-from .graph_builder import GraphBuilder
 from .kernel import Kernel
 
 _EPSILON = 1e-5

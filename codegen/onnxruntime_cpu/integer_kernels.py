@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph_builder import CONTRIB, GraphBuilder
+from ...ir.graph_builder import CONTRIB, GraphBuilder
 from .linear_op import LinearOp, constant_of
 from .token_grid import emit_integers, emit_scale, middle
 

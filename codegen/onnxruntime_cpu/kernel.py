@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from ...ir import ops
 from ...ir.errors import TargetError
+from ...ir.graph_builder import CONTRIB, GraphBuilder
 from ..microbenchmark import Candidate, Feeds, Measurement, Microbenchmark
-from .graph_builder import CONTRIB, GraphBuilder
 
 OPSET = 23
 IR_VERSION = 11

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .graph_builder import CONTRIB, GraphBuilder
+from ...ir.graph_builder import CONTRIB, GraphBuilder
 from .linear_op import LinearOp
 
 _BLOCK_SIZES = (256, 128, 64, 32, 16)

@@ -13,10 +13,13 @@ import onnx_ir as ir
 
 from ...ir import clone, ops
 from ...ir.errors import TargetError
+from ...ir.graph_builder import CONTRIB, GraphBuilder
 from ..linear_format import LinearFormat
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from . import costs
+from .cached_attention import KERNEL as CACHED_ATTENTION_KERNEL
+from .cached_attention import CachedAttentionBinder, reason_not_to_bind
 from .encoded_linear import (
     ENCODED_BODY,
     ENCODED_KERNELS,
@@ -29,7 +32,6 @@ from .encoded_linear import (
 from .float_weights import CONV_KERNEL, FLOAT_KERNEL, FOLD_AT_LOAD
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
 from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
-from .graph_builder import CONTRIB, GraphBuilder
 from .hadamard import (
     HADAMARD_BODY,
     HADAMARD_KERNELS,
@@ -83,6 +85,10 @@ class OnnxruntimeCpu(Target):
             model=bound, bindings=tuple(binder.bindings), session_options=binder.session_options
         )
 
+    def for_rows(self, rows: int) -> OnnxruntimeCpu:
+        """Kernels that are fastest at this one number of rows."""
+        return dataclasses.replace(self, rows=(rows,))
+
     def unsupported_reason(self, linear: LinearFormat) -> str | None:
         """Also refuses bfloat16, which onnxruntime's CPU provider has no matrix product for."""
         if linear.dtype == ir.DataType.BFLOAT16:
@@ -126,6 +132,7 @@ class _Binder:
         self.bindings: list[Binding] = []
         self.session_options: dict[str, str] = {}
         self._layer_names: set[str] = set()
+        self._cached_attentions = CachedAttentionBinder(model)
         self._linear_choices: dict[LinearSpec, Choice[LinearOp]] = {}
         self._hadamard_choices: dict[HadamardSpec, Choice[HadamardOp]] = {}
         self._encoded_choices: dict[EncodedSpec, Choice[EncodedOp]] = {}
@@ -144,6 +151,8 @@ class _Binder:
             self._bind_gather(node)
         elif node.domain == ops.DOMAIN and node.op_type == "HadamardTransform":
             self._bind_hadamard(node)
+        elif node.domain == ops.DOMAIN and node.op_type == "CachedAttention":
+            self._bind_cached_attention(node)
         elif (spec := add_spec(node)) is not None:
             self._bind_add(node, spec)
 
@@ -191,6 +200,14 @@ class _Binder:
             )
             self._hadamard_choices[op.spec] = choice
         self._replace(node, op, choice)
+
+    def _bind_cached_attention(self, node: ir.Node) -> None:
+        reason = reason_not_to_bind(self.model, node)
+        if reason is None:
+            self._record(node, CACHED_ATTENTION_KERNEL, "appends to the cache in place")
+            self._cached_attentions.bind(node)
+        else:
+            self._record(node, "body", reason)
 
     def _bind_add(self, node: ir.Node, spec: AddSpec) -> None:
         choice = self._add_choices.get(spec)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph_builder import GraphBuilder
+from ...ir.graph_builder import GraphBuilder
 from .linear_op import LinearOp, LinearSpec
 
 

@@ -1,4 +1,4 @@
-"""Building the nodes of a kernel, alike for the model that is bound and for the model that is timed."""
+"""Building nodes: of a kernel, alike for the model that is bound and the one that is timed, or of a pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...ir import ops
-from ...ir.ops.definition import OpDefinition
+from . import ops
+from .ops.definition import OpDefinition
 
 CONTRIB = "com.microsoft"
 
