@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +12,24 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ..codegen import get_target
 from ..codegen.target import BoundModel, Target
 from ..ir import save
+from ..ir.companions import EVICTION, companions_of
 from ..ir.errors import InputError
 from ..ir.signature import Signature, flatten_inputs, unflatten_outputs
+from .folder import MODEL_FILE, save_folder
+from .generate import Decoder, Eviction, Generation, generate
+from .generate.memory import Memory, memory
+from .generate.prompts import prompts
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
+from .saved import read_saved
 from .session import Session
 
 Array = np.ndarray[Any, Any]
+
+_PROMPT_ROWS = 256
+"""Tokens of a run that kernels for prompts are chosen for."""
 
 
 class Report(Protocol):
@@ -42,6 +52,7 @@ class CompiledModel:
         report: what each pass covered, skipped, changed and cost.
         signature: how to call it like the traced module; None for models that came from ONNX.
         alternatives: further results of the same compilation by their labels, such as ``1.5x``.
+        eviction: for decoders that forget tokens of their cache, the graph that does so.
     """
 
     def __init__(
@@ -59,6 +70,22 @@ class CompiledModel:
         self.report = report
         self.signature = signature
         self.alternatives: Mapping[str, CompiledModel] = {}
+        self.eviction = companions_of(model).get(EVICTION)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, target: str | Target = "onnxruntime-cpu") -> CompiledModel:
+        """Open what `save` wrote, with the kernels that it was bound to.
+
+        Args:
+            path: an ONNX file, or a folder with ``model.onnx``.
+            target: where it runs.
+
+        Raises:
+            ModelError: there is no such file, or it is damaged.
+        """
+        bound, report = read_saved(Path(path))
+        target = get_target(target) if isinstance(target, str) else target
+        return cls(model=bound.model, bound=bound, target=target, report=report)
 
     @functools.cached_property
     def session(self) -> Session:
@@ -106,16 +133,138 @@ class CompiledModel:
             )
         return {**dict(zip(self.input_names, args, strict=False)), **kwargs}
 
-    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
-        """Write the bound model as one ONNX file (and ``path.data`` for weights over 2 GB, or on request).
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 128,
+        *,
+        attention_mask: Any = None,
+        decoder: Decoder | None = None,
+        fast_prefill: bool = False,
+        stream: Callable[[Array], None] | None = None,
+        **settings: Any,
+    ) -> Array:
+        """Generate text with a decoder, by its own kernels and cache.
 
-        The files appear whole or not at all.
+        Args:
+            input_ids: [batch, length] prompts, padded on the left where lengths differ; a list of lists of
+                different lengths is padded here.
+            max_new_tokens: that are generated at most.
+            attention_mask: [batch, length], 0 for padding; all ones if absent.
+            decoder: from `decoder`, whose cache is gone on with: what it holds of the prompts is not run
+                again. A new one if absent.
+            fast_prefill: as of `decoder`, for a new one.
+            stream: called with the new tokens [batch] after each step.
+            settings: of `planish.runtime.generate.Generation`: ``sampling``, ``stop_tokens``, ``draft``, ….
+
+        Returns:
+            [batch, length + new], prompts and what was generated.
+
+        Raises:
+            InputError: no decoder; prompts that are empty, longer than the model's positions, or hold unknown
+                tokens; no room in the cache.
+        """
+        ids, mask = prompts(input_ids, attention_mask)
+        generation = Generation(max_new_tokens=max_new_tokens, **settings)
+        if decoder is None:
+            new = 0 if self.eviction is not None else max_new_tokens
+            decoder = self.decoder(batch=len(ids), capacity=ids.shape[1] + new, fast_prefill=fast_prefill)
+        found = [ids]
+        for tokens in generate(decoder, ids, mask, generation):
+            if stream is not None:
+                stream(tokens)
+            found.append(tokens[:, None])
+        return np.concatenate(found, axis=1)
+
+    def decoder(self, *, batch: int = 1, capacity: int = 2048, fast_prefill: bool = False) -> Decoder:
+        """An empty cache, to `generate` with more than once: a conversation, or a beginning that texts share.
+
+        Args:
+            batch: sequences.
+            capacity: tokens that it has room for, prompts and answers together.
+            fast_prefill: run prompts by kernels that were chosen for many tokens at a time, as int8 ones for
+                weights of 4 bits. This takes the memory of a second set of weights, and the prompt's
+                numbers may differ in the last bits, as between any two kernels.
+
+        Raises:
+            InputError: the model has no cache, or its kernels were chosen elsewhere (`open`).
+        """
+        eviction = None
+        if self.eviction is not None:
+            eviction = Eviction(self._eviction_session, self.eviction)
+        return Decoder(
+            self.session,
+            self.bound.model,
+            batch=batch,
+            capacity=capacity,
+            eviction=eviction,
+            prefill=self._prefill_session if fast_prefill else None,
+        )
+
+    @functools.cached_property
+    def _prefill_session(self) -> Session:
+        if self.model is self.bound.model:
+            raise InputError(
+                "fast_prefill: a saved model has the kernels that it was saved with",
+                hint="compile it again from its source",
+            )
+        return Session(self.target.for_rows(_PROMPT_ROWS).bind(self.model), target=self.target)
+
+    def memory(self, batch: int = 1, length: int = 2048, *, chunk: int = 512) -> Memory:
+        """What generating takes, computed from the graph; see `planish.runtime.generate.memory`.
+
+        Args:
+            batch: sequences.
+            length: tokens of a sequence, prompt and answer together.
+            chunk: tokens of the prompt that are run at a time.
+
+        Raises:
+            InputError: the model has no cache.
+        """
+        return memory(self.bound.model, batch=batch, length=length, chunk=chunk)
+
+    @functools.cached_property
+    def _eviction_session(self) -> Session:
+        assert self.eviction is not None
+        return Session(BoundModel(model=self.eviction), target=self.target)
+
+    def save(
+        self, path: str | os.PathLike[str], *, tokenizer: Any = None, external_data: bool | None = None
+    ) -> Path:
+        """Write the bound model as one ONNX file, or as a folder with all that a decoder needs.
+
+        The files appear whole or not at all. Weights over 2 GB, or on request, go to ``path.data``.
+
+        Args:
+            path: ``….onnx`` for one file. Everything else is a folder, made if it is not there, with
+                ``model.onnx``, and for decoders traced from transformers ``genai_config.json``.
+            tokenizer: for a folder, a tokenizer of transformers or a folder with its files.
+            external_data: write the weights to a second file; None: only if they are too large for one.
 
         Returns:
             The path of the ONNX file.
+
+        Raises:
+            ModelError: it cannot be written.
+            InputError: a tokenizer for a single file, or what was given is none.
         """
-        save(self.bound.model, path, external_data=external_data)
-        return Path(path)
+        path = Path(path)
+        if path.suffix == ".onnx":
+            if tokenizer is not None:
+                raise InputError(
+                    f"a tokenizer goes into a folder, found the file {path}", hint=f"save to {path.parent}"
+                )
+            if self.eviction is not None:
+                raise InputError(
+                    f"a decoder that evicts is two models, found the file {path}",
+                    hint=f"save to {path.parent}",
+                )
+            save(self.bound.model, path, external_data=external_data)
+            return path
+        save_folder(
+            self.bound, path, eviction=self.eviction, tokenizer=tokenizer, external_data=external_data
+        )
+        return path / MODEL_FILE
 
     def benchmark(
         self, feeds: Mapping[str, Array], *, against: CompiledModel | None = None, repeats: int = 20

@@ -91,6 +91,14 @@ class Session:
             ) from error
         return {name: _as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
 
+    def io_binding(self) -> onnxruntime.IOBinding:
+        """A new binding of inputs and outputs to memory, for `run_with_binding`."""
+        return self._session.io_binding()
+
+    def run_with_binding(self, binding: onnxruntime.IOBinding) -> None:
+        """Run once on what is bound. onnxruntime's own errors come through."""
+        self._session.run_with_iobinding(binding)
+
     def repeatable(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
         """A call that runs on these feeds again and again, into buffers that were allocated once.
 

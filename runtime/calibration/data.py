@@ -17,6 +17,8 @@ import onnx_ir as ir
 
 from ...ir.errors import InputError
 from ...ir.signature import Signature, flatten_inputs
+from ...ir.views.caches import LENGTHS
+from ...ir.views.values import static_dim
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -93,10 +95,10 @@ class CalibrationData(Sequence[Feeds]):
 
 
 def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
-    """Feeds for a graph that has lost inputs, or caches some of their heads, since they were made.
+    """Feeds for a graph whose inputs have changed since: lost, new, or caches of another shape or type.
 
     What is no longer an input is left out. Where caches do not fit any more, all of them start empty, and the
-    mask loses the part that was theirs.
+    mask loses the part that was theirs. Inputs of a decoder that follow from the others are added.
 
     Raises:
         InputError: a cache is needed whose shape the graph does not tell.
@@ -105,17 +107,19 @@ def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
     kept = {name: array for name, array in feeds.items() if name in inputs or name == LABELS}
     caches = [name for name in kept if name.startswith(_PAST)]
     if all(_fits(kept[name], inputs[name]) for name in caches):
-        return kept
+        return _completed(kept, model)
     past = kept[caches[0]].shape[2]
     for name in caches:
         kept[name] = _empty_past(inputs[name], kept[name].shape[0])
     if past and MASK in kept:
         kept[MASK] = kept[MASK][..., past:]
-    return kept
+    return _completed(kept, model)
 
 
 def _fits(array: Array, value: ir.Value) -> bool:
     shape = value.shape
+    if value.dtype is not None and array.dtype != value.dtype.numpy():
+        return False
     return shape is None or all(
         dim == size for dim, size in zip(shape, array.shape, strict=True) if isinstance(dim, int)
     )
@@ -185,8 +189,10 @@ def _completed(feeds: dict[str, Array], model: ir.Model) -> dict[str, Array]:
     for name in missing:
         if name.startswith(_PAST):
             feeds[name] = _empty_past(inputs[name], ids.shape[0])
+    past = next((feeds[name].shape[2] for name in feeds if name.startswith(_PAST)), 0)
+    if LENGTHS in missing:
+        feeds[LENGTHS] = np.full(static_dim(inputs[LENGTHS], 0) or 0, past, np.int64)
     if MASK in missing:
-        past = next((feeds[name].shape[2] for name in feeds if name.startswith(_PAST)), 0)
         feeds[MASK] = np.ones((ids.shape[0], past + ids.shape[1]), np.int64)
     if "position_ids" in missing:
         attended = feeds[MASK] if MASK in feeds else np.ones(ids.shape, np.int64)

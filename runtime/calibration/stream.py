@@ -40,12 +40,21 @@ class Tap:
         """The value as it is, such as [batch, sequence, features]."""
         return self._values[_name(value)]
 
-    def rows(self, value: ir.Value | str) -> npt.NDArray[np.float32]:
-        """The value as float32 rows [tokens, features]; padding tokens are left out."""
+    @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """Which tokens are real, [batch, sequence]; None if all are."""
+        return self._mask
+
+    def rows(self, value: ir.Value | str, *, skip: int = 0) -> npt.NDArray[np.float32]:
+        """The value as float32 rows [tokens, features], without padding and the first tokens to skip."""
         array = self.array(value)
         rows = array.reshape(-1, array.shape[-1])
-        if self._mask is not None and self._mask.size == len(rows):
-            rows = rows[self._mask.reshape(-1)]
+        mask = self._mask
+        if skip:
+            mask = np.ones(array.shape[:2], bool) if mask is None else mask
+            mask = mask & (mask.cumsum(axis=1) > skip)
+        if mask is not None and mask.size == len(rows):
+            rows = rows[mask.reshape(-1)]
         return rows.astype(np.float32, copy=False)
 
 

@@ -1,0 +1,135 @@
+"""Saving decoders as folders, and opening them again."""
+
+import json
+
+import numpy as np
+import planish
+import pytest
+import torch
+import transformers
+from planish.ir.errors import InputError, ModelError
+
+TARGET = planish.get_target("onnxruntime-cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def module():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(module):
+    return planish.compile(module, "canonicalize,fuse,raise-cache", target=TARGET)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_a_decoder_s_folder(compiled, tokenizer, tmp_path):
+    path = compiled.save(tmp_path / "llama", tokenizer=tokenizer)
+    assert path == tmp_path / "llama" / "model.onnx"
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == [
+        "genai_config.json",
+        "model.onnx",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    # Nothing else was left behind.
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["llama", "tokenizer"]
+    config = json.loads((path.parent / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    assert config["model"]["type"] == "llama"
+    assert (config["model"]["context_length"], config["model"]["vocab_size"]) == (128, 64)
+    assert (config["model"]["eos_token_id"], config["model"]["pad_token_id"]) == ([2], 2)
+    assert (decoder["head_size"], decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (8, 4, 2)
+    assert (decoder["hidden_size"], decoder["num_hidden_layers"], decoder["filename"]) == (
+        32,
+        2,
+        "model.onnx",
+    )
+    assert config["search"]["past_present_share_buffer"]
+    graph = planish.load(path).graph
+    inputs = {value.name for value in graph.inputs}
+    outputs = {value.name for value in graph.outputs}
+    for name, pattern in (decoder["inputs"] | decoder["outputs"]).items():
+        for layer in range(2):
+            assert (pattern % layer if "%d" in pattern else pattern) in inputs | outputs, name
+
+
+def test_caches_that_grow_are_not_shared(module, tmp_path):
+    planish.compile(module, target=TARGET).save(tmp_path / "growing")
+    config = json.loads((tmp_path / "growing" / "genai_config.json").read_text())
+    assert not config["search"]["past_present_share_buffer"]
+
+
+def test_opened_again(compiled, tmp_path):
+    compiled.save(tmp_path / "folder")
+    compiled.save(tmp_path / "file.onnx")
+    expected = compiled.generate([[1, 2, 3]], 8)
+    for name in ("folder", "file.onnx"):
+        opened = planish.CompiledModel.open(tmp_path / name, target=TARGET)
+        np.testing.assert_array_equal(opened.generate([[1, 2, 3]], 8), expected)
+        assert "raise-cache" in str(opened.report.__rich__())
+        assert opened.report.as_dict() == compiled.report.as_dict(costs=False)
+
+
+def test_other_files_of_a_folder_stay_and_ours_are_replaced(compiled, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model.onnx").write_text("old")
+    compiled.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert planish.CompiledModel.open(folder, target=TARGET).generate([[1]], 2).shape == (1, 3)
+
+
+def test_an_encoder_s_folder_has_no_configuration(tmp_path):
+    compiled = planish.compile(torch.nn.Linear(4, 4), example_inputs=torch.zeros(2, 4), target=TARGET)
+    compiled.save(tmp_path / "linear")
+    assert [file.name for file in (tmp_path / "linear").iterdir()] == ["model.onnx"]
+
+
+def test_a_failure_leaves_the_folder_as_it_was(compiled, tmp_path):
+    folder = tmp_path / "folder"
+    compiled.save(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match="expected a folder with tokenizer"):
+        compiled.save(folder, tokenizer=tmp_path / "nothing")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_where_nothing_can_be_written(compiled, tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        compiled.save(tmp_path / "none" / "folder")
+    with pytest.raises(InputError, match="a tokenizer goes into a folder"):
+        compiled.save(tmp_path / "model.onnx", tokenizer=tmp_path)
+
+
+def test_damaged_metadata(compiled, tmp_path):
+    path = compiled.save(tmp_path / "model.onnx")
+    model = planish.load(path)
+    model.metadata_props["planish.session_options"] = "{"
+    planish.save(model, path)
+    with pytest.raises(ModelError, match="its metadata is damaged"):
+        planish.CompiledModel.open(path, target=TARGET)
