@@ -17,6 +17,7 @@ from .borrowed import borrowed_rules
 from .convolution import FoldBatchNormalization, FoldConvolutionScale
 from .gelu import FuseGelu
 from .hard_swish import FuseHardSwish
+from .head_slices import HEAD_SLICE_RULES
 from .linear_scale import FoldLinearScale
 from .merge_linears import MergeLinears
 from .reshapes import CollapseReshapes
@@ -61,6 +62,7 @@ class Fuse(Pass):
             FoldLinearScale(),
             *MASK_RULES,
             *SPLIT_RULES,
+            *HEAD_SLICE_RULES,
             *borrowed_rules(),
         ]
         merges: list[Rule] = []

@@ -84,7 +84,7 @@ class _Inputs:
     training: Sequence[Feeds]
 
     def fitted(self, model: ir.Model) -> _Inputs:
-        """The same for a graph that has lost inputs, or whose caches have another shape."""
+        """The same for a graph that has lost inputs, or whose caches have another shape or type."""
         return _Inputs(
             tuple(fitted(feeds, model) for feeds in self.examples),
             *(_fitted_data(data, model) for data in (self.calibration, self.training)),
@@ -167,8 +167,8 @@ class _Run:
         return result.alternatives
 
 
-def _input_types(model: ir.Model) -> list[tuple[str | None, str]]:
-    return [(value.name, str(value.shape)) for value in model.graph.inputs]
+def _input_types(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
+    return [(value.name, value.dtype, str(value.shape)) for value in model.graph.inputs]
 
 
 def _run_pass(

@@ -27,15 +27,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.ops import drop_unused_initializer
-from ...ir.views.linears import as_linear
 from ...ir.views.values import input_at, is_constant, static_dim
-from ..canonicalize.graph_edits import add_initializer
 from ..infrastructure.base import Coverage, Fact, Pass, PassContext, PassResult, Skipped
+from .biases import set_constant, shift_output, tensor_like
 from .carried import carried
 from .center import center_streams
 from .streams import is_norm, is_weightless, norm_name, read_vector
 from .untie import untie
-from .vectors import Vector, Vectors, change, projections, read_array, reason_not_to_change
+from .vectors import Vector, change, projections, read_array, reason_not_to_change
 
 _SCALINGS = frozenset({"Mul", "Div", "ReduceSum"})
 """Ops that pass vectors on but change how large a shift of them is."""
@@ -122,50 +121,9 @@ def _fold(norm: ir.Node, readers: Sequence[Vector], graph: ir.Graph) -> None:
     beta = None if bias is None else read_array(bias)
     for reader in readers:
         if beta is not None and beta.any():
-            _shift_output(reader.node, projections(reader, beta), graph)
+            shift_output(reader.node, projections(reader, beta), graph)
     change(readers, lambda vectors: vectors * gamma)
-    _set_constant(norm, 1, _tensor(np.ones(gamma.shape), scale, scale.name), graph)
+    set_constant(norm, 1, tensor_like(np.ones(gamma.shape), scale, scale.name), graph)
     if bias is not None:
         norm.resize_inputs(2)
         drop_unused_initializer(bias)
-
-
-def _shift_output(node: ir.Node, shift: Vectors, graph: ir.Graph) -> None:
-    """Add ``shift`` [out] to the bias of a linear, which gets one if it has none."""
-    linear = as_linear(node)
-    assert linear is not None
-    if linear.bias is not None and linear.bias_node is not None:
-        shifted = read_array(linear.bias) + shift
-        index = linear.bias_node.inputs.index(linear.bias)
-        _set_constant(linear.bias_node, index, _tensor(shifted, linear.weight, linear.bias.name), graph)
-        return
-    name = f"{linear.name}.bias"
-    bias = add_initializer(graph, _tensor(shift, linear.weight, name), name)
-    if node.op_type == "Gemm":
-        node.resize_inputs(3)
-        node.replace_input_with(2, bias)
-        return
-    product = node.outputs[0]
-    add = ir.node("Add", [product, bias], name=f"{node.name}.bias", metadata_props=dict(node.metadata_props))
-    output = add.outputs[0]
-    output.type, output.shape = product.type, product.shape
-    ir.convenience.replace_all_uses_with(product, output, replace_graph_outputs=True)
-    add.replace_input_with(0, product)
-    # The graph's output keeps its name, and every other value a name of its own.
-    output.name, product.name = product.name, f"{product.name}.product"
-    graph.insert_after(node, add)
-
-
-def _tensor(array: Vectors, like: ir.Value, name: str | None) -> ir.TensorProtocol:
-    assert like.dtype is not None
-    return ir.Tensor(array.astype(like.dtype.numpy()), dtype=like.dtype, name=name)
-
-
-def _set_constant(node: ir.Node, index: int, tensor: ir.TensorProtocol, graph: ir.Graph) -> None:
-    """Let the node read ``tensor``: under the old name, unless others read that constant too."""
-    value = node.inputs[index]
-    assert value is not None
-    if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
-        value.const_value = tensor
-    else:
-        node.replace_input_with(index, add_initializer(graph, tensor, str(value.name)))
