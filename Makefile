@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/sentence_embeddings.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 # mypy finds the package by its name through a link, because the repository root is the package.
 types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/planish
-	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_pruning -m planish.cli_tables \
+	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_generate -m planish.cli_pruning -m planish.cli_tables \
 		-p planish.ir -p planish.codegen -p planish.runtime -p planish.passes
 
 layers: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""The command line: ``planish compile | inspect | structure | latency | passes | benchmark | …``.
+"""The command line: ``planish compile | inspect | structure | latency | passes | generate | …``.
 
 Exit codes: 0 done, 1 an error of planish or of its input (one red line on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import cli_pruning
+from . import cli_generate, cli_pruning
 from .ir.errors import InputError, ModelError, PipelineError, PlanishError
 
 if TYPE_CHECKING:
@@ -239,6 +239,7 @@ def inspect(
         out.print(history)
 
 
+app.command(no_args_is_help=True)(cli_generate.generate)
 app.command(no_args_is_help=True)(cli_pruning.structure)
 app.command(no_args_is_help=True)(cli_pruning.latency)
 

@@ -18,7 +18,18 @@ from planish.ir.errors import ModelError
 from planish.passes.infrastructure.facts import facts_of
 from typer.testing import CliRunner
 
-COMMANDS = ("compile", "inspect", "structure", "latency", "passes", "benchmark", "compare", "diff", "bisect")
+COMMANDS = (
+    "compile",
+    "inspect",
+    "structure",
+    "latency",
+    "passes",
+    "generate",
+    "benchmark",
+    "compare",
+    "diff",
+    "bisect",
+)
 
 
 def write_model(path: Path, *, scale: float = 1.0, name: str = "logits") -> Path:
