@@ -6,7 +6,8 @@ Each architecture is a small random decoder, float32. Three prompts of different
 - transformers' ``generate``: what must come out;
 - planish, in place (`raise-cache`) and with caches that grow;
 - planish with drafts from the text, and with the prompt in chunks of four;
-- onnxruntime-genai, which loads the folder that planish saved.
+- onnxruntime-genai, which loads the folder that planish saved. It takes all tokens of an array for text,
+  padding too, so its three prompts have one length.
 
     python benchmarks/same_tokens.py --genai FOLDER      # writes results/same_tokens.md
     python benchmarks/same_tokens.py --only falcon       # prints; without genai, its columns are empty
@@ -135,19 +136,17 @@ def reference(module: torch.nn.Module, ids: Tokens, mask: Tokens) -> Tokens:
     return tokens
 
 
-def by_genai(site: Path, folder: Path, ids: Tokens, mask: Tokens) -> Tokens:
-    """What onnxruntime-genai generates from a saved folder; it pads prompts on the left by itself."""
+def by_genai(site: Path, folder: Path, ids: Tokens) -> Tokens:
+    """What onnxruntime-genai generates from a saved folder."""
     if str(site) not in sys.path:
         sys.path.append(str(site))
     import onnxruntime_genai as genai
 
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(
-        batch_size=len(ids), max_length=ids.shape[1] + NEW, min_length=ids.shape[1] + NEW, do_sample=False
-    )
+    parameters.set_search_options(batch_size=len(ids), max_length=ids.shape[1] + NEW, do_sample=False)
     generator = genai.Generator(model, parameters)
-    generator.append_tokens((ids * mask).astype(np.int32))
+    generator.append_tokens(ids.astype(np.int32))
     while not generator.is_done():
         generator.generate_next_token()
     return np.stack([np.asarray(generator.get_sequence(row), np.int64) for row in range(len(ids))])
@@ -174,10 +173,13 @@ def measure(name: str, site: Path | None) -> Row:
             if batch == 1:
                 ways["drafts"] = lambda: in_place.generate(ids[:1], NEW, draft=PromptLookup(shortest=1))
                 ways["chunks"] = lambda: in_place.generate(ids[:1], NEW, chunk=4)
-            if site is not None:
-                ways["genai"] = lambda g=given, s=shown: by_genai(site, Path(folder) / "decoder", g, s)
             for way, run in ways.items():
                 same[way, batch] = outcome(run, expected)
+            if site is not None:
+                same["genai", batch] = outcome(
+                    lambda g=given: by_genai(site, Path(folder) / "decoder", g),
+                    reference(module, given, np.ones_like(shown)),
+                )
     kernels = {
         binding.kernel for binding in in_place.bound.bindings if binding.op.endswith("CachedAttention")
     }

@@ -40,7 +40,6 @@ _KNOWN = frozenset(
 )
 """Architectures that are run there as any decoder is; others go by the general name ``decoder``."""
 _GENERAL = "decoder"
-_NO_TOKEN = -1
 
 
 def genai_config(
@@ -71,9 +70,7 @@ def genai_config(
     return {
         "model": {
             "type": facts.architecture if facts.architecture in _KNOWN else _GENERAL,
-            "bos_token_id": _NO_TOKEN if facts.begin_token is None else facts.begin_token,
-            "eos_token_id": list(facts.end_tokens) or _NO_TOKEN,
-            "pad_token_id": _pad_token(facts),
+            **_special_tokens(facts),
             "context_length": facts.positions,
             "vocab_size": facts.vocabulary,
             "decoder": {
@@ -125,7 +122,13 @@ def _window(keys: Sequence[CacheSlot]) -> dict[str, Any]:
     }
 
 
-def _pad_token(facts: DecoderFacts) -> int:
-    if facts.pad_token is not None:
-        return facts.pad_token
-    return facts.end_tokens[0] if facts.end_tokens else 0
+def _special_tokens(facts: DecoderFacts) -> dict[str, Any]:
+    """Those that there are: a key for none is refused."""
+    found: dict[str, Any] = {"pad_token_id": facts.pad_token}
+    if facts.pad_token is None:
+        found["pad_token_id"] = facts.end_tokens[0] if facts.end_tokens else 0
+    if facts.begin_token is not None:
+        found["bos_token_id"] = facts.begin_token
+    if facts.end_tokens:
+        found["eos_token_id"] = list(facts.end_tokens)
+    return found

@@ -7,7 +7,9 @@ import planish
 import pytest
 import torch
 import transformers
+from planish.ir.decoder_facts import DecoderFacts
 from planish.ir.errors import InputError, ModelError
+from planish.runtime.generate.genai import genai_config
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 
@@ -80,6 +82,16 @@ def test_caches_that_grow_are_not_shared(module, tmp_path):
     planish.compile(module, target=TARGET).save(tmp_path / "growing")
     config = json.loads((tmp_path / "growing" / "genai_config.json").read_text())
     assert not config["search"]["past_present_share_buffer"]
+
+
+def test_tokens_that_there_are_none_of_are_left_out(compiled):
+    """onnxruntime-genai refuses −1."""
+    facts = DecoderFacts(
+        architecture="llama", vocabulary=64, hidden_size=32, heads=4, head_size=8, positions=128
+    )
+    model = genai_config(compiled.bound.model, facts, "model.onnx", {})["model"]
+    assert model["pad_token_id"] == 0
+    assert not {"eos_token_id", "bos_token_id"} & set(model)
 
 
 def test_opened_again(compiled, tmp_path):
