@@ -112,10 +112,10 @@ def test_the_report_reads_as_a_table(compiled):
 
 def test_the_same_compilation_writes_the_same_bytes(compiled, tmp_path):
     source = compiled.save(tmp_path / "m.onnx")
-    for name in ("first", "second"):
+    for name in ("first.onnx", "second.onnx"):
         again = planish.compile(source, "canonicalize,fuse,quantize{scheme=W4A16}", target="portable", seed=3)
         again.save(tmp_path / name)
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
 
 
 def test_contract_check_needs_inputs(compiled, tmp_path):
