@@ -122,7 +122,7 @@ def _root(
 @app.command(name="compile", no_args_is_help=True)
 def compile_command(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File *.onnx, or a folder for a decoder.")],
     passes: PassesOption = "canonicalize,fuse",
     target: TargetOption = "onnxruntime-cpu",
     check: Annotated[

@@ -44,7 +44,7 @@ def causal_mask(mask: ir.Value | None) -> CausalMask | None:
     """
     parts = _conjuncts(mask)
     for part in parts:
-        compared = _causal_positions(part.producer())
+        compared = _compared(part.producer(), "LessOrEqual", "GreaterOrEqual")
         lengths = None if compared is None else _lengths(*compared)
         if compared is not None and lengths is not None:
             others = [other for other in parts if other is not part]
@@ -67,33 +67,22 @@ def _conjuncts(mask: ir.Value | None, depth: int = 0) -> list[ir.Value]:
     return [] if value is None else [value]
 
 
-def _causal_positions(node: ir.Node | None) -> tuple[ir.Value, ir.Value] | None:
-    """(keys, queries) of a comparison keys <= queries."""
-    if node is None:
+def _compared(node: ir.Node | None, forwards: str, backwards: str) -> tuple[ir.Value, ir.Value] | None:
+    """The operands of a comparison that may be written in two ways, ``a < b`` or ``b > a``: a, b."""
+    if node is None or node.op_type not in (forwards, backwards):
         return None
-    match node.op_type:
-        case "LessOrEqual":
-            keys, queries = node.inputs
-        case "GreaterOrEqual":
-            queries, keys = node.inputs
-        case _:
-            return None
-    return None if keys is None or queries is None else (keys, queries)
+    first, second = node.inputs if node.op_type == forwards else reversed(node.inputs)
+    return None if first is None or second is None else (first, second)
 
 
 def _window(node: ir.Node | None, lengths: tuple[ir.Value, ir.Value]) -> int | None:
     """The width of a comparison of key positions and query positions, of these lengths, less a width."""
-    if node is None:
+    compared = _compared(node, "Greater", "Less")
+    if compared is None:
         return None
-    match node.op_type:
-        case "Greater":
-            keys, bound = node.inputs
-        case "Less":
-            bound, keys = node.inputs
-        case _:
-            return None
+    keys, bound = compared
     shifted = _origin(bound)
-    if shifted is None or bound is None or not _lies_along(bound, -2):
+    if shifted is None or not _lies_along(bound, -2):
         return None
     match shifted.op_type:
         case "Sub":
