@@ -5,12 +5,11 @@ batch 1. Every contender is brought to a context (its cache filled), and then al
 tokens in turns; after each burst they are set back. A contender's figure is the median of its bursts. The
 time to the first token is that of a prompt of 512 tokens and one token behind it, again in turns.
 
-    python benchmarks/decode_speed.py --genai FOLDER            # writes results/decode_speed.md
+    python benchmarks/decode_speed.py --peers FOLDER            # writes results/decode_speed.md
     python benchmarks/decode_speed.py --contexts 128 --bursts 3 --only W4A16
 
-onnxruntime-genai is given the same weights by its own builder (int4, groups of 128); FOLDER is where
-``pip install --no-deps --target FOLDER onnxruntime-genai`` put it. llama.cpp runs where ``llama_cpp`` can be
-imported and ``--gguf`` names the model in Q4_0.
+The peers are given the same weights: onnxruntime-genai by its own builder (int4, groups of 128), llama.cpp in
+Q4_0. FOLDER is where ``pip install --target FOLDER onnxruntime-genai llama-cpp-python gguf`` put them.
 
 The bandwidth that figures are compared with is that of summing 1 GB of floats with all cores, measured in the
 same run; a token has to read all weights but the embedding table, and the cache.
@@ -20,30 +19,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import decoder_peers
 import numpy as np
-import numpy.typing as npt
+import onnx_ir as ir
 import planish
 import torch
 import transformers
+from decoder_peers import CHUNK, ROOM, Tokens
+from planish.ir import clone
 from planish.runtime.compiled_model import CompiledModel
 from rich.console import Console
 from sentence_embeddings import processor
 
-Tokens = npt.NDArray[np.int64]
-
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, VOCABULARY = 16, 1024, 16, 4, 2816, 32000
 CONTEXTS = (128, 1024, 4096, 16384)
-_CHUNK = 256
 _PROMPT = 512
-_WEIGHTS = "quantize{scheme=W4A16,group_size=128,ignore=[]}"
-_BY_CHANNEL = "quantize{scheme=W4A8,group_size=-1,ignore=[]}"
+_PAUSE = 0.1
+"""Seconds."""
+_WEIGHTS = "quantize{scheme=W4A16,group_size=128,ignore=[],algorithm=rtn}"
+_BY_CHANNEL = "quantize{scheme=W4A8,group_size=-1,ignore=[],algorithm=rtn}"
 SCHEMES: Mapping[str, str] = {
     "float32": "canonicalize,fuse,raise-cache,last-logits",
     "W4A16": f"canonicalize,fuse,{_WEIGHTS},raise-cache,last-logits",
@@ -87,13 +89,12 @@ class Planish:
 
     def fill(self, context: int) -> None:
         """Run random tokens in chunks."""
-        room = context + 64
-        self._decoder = self.compiled.decoder(capacity=room)
-        ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, context))
-        for start in range(0, context, _CHUNK):
-            self._decoder.forward(ids[:, start : start + _CHUNK])
-        cache = self._decoder.cache
-        self.bytes_per_token = self._weights + cache.bytes * context / room
+        self._decoder = self.compiled.decoder(capacity=context + ROOM)
+        ids = decoder_peers.context_of(configuration(), context)[None]
+        for start in range(0, context, CHUNK):
+            self._decoder.forward(ids[:, start : start + CHUNK])
+        cache = self._decoder.cache.bytes
+        self.bytes_per_token = self._weights + cache * context / (context + ROOM)
 
     def burst(self, tokens: int) -> float:
         """Greedy, as `generate` does it."""
@@ -138,103 +139,9 @@ def _bytes_read(compiled: CompiledModel) -> int:
     )
 
 
-class GenAI:
-    """onnxruntime-genai on a folder.
-
-    Args:
-        name: as the table shows it.
-        folder: with ``genai_config.json``.
-        weights: bytes that a token reads.
-    """
-
-    def __init__(self, name: str, folder: Path, weights: int) -> None:
-        import onnxruntime_genai as genai
-
-        self.name, self._weights, self._genai = name, weights, genai
-        self._model = genai.Model(str(folder))
-
-    def fill(self, context: int) -> None:
-        """Append random tokens in chunks."""
-        parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=context + 64, do_sample=False)
-        self._generator = self._genai.Generator(self._model, parameters)
-        ids = np.random.default_rng(0).integers(3, VOCABULARY, context).astype(np.int32)
-        for start in range(0, context, _CHUNK):
-            self._generator.append_tokens(ids[start : start + _CHUNK])
-        self._context = context
-        cache = 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 4 * context
-        self.bytes_per_token = self._weights + cache
-
-    def burst(self, tokens: int) -> float:
-        """Greedy."""
-        self._generator.rewind_to(self._context - 1)
-        self._generator.append_tokens(np.array([1], np.int32))
-        start = time.perf_counter()
-        for _ in range(tokens):
-            self._generator.generate_next_token()
-        seconds = time.perf_counter() - start
-        self._generator.rewind_to(self._context)
-        return seconds
-
-    def first_token(self, prompt: Tokens) -> float:
-        """All of the prompt at once."""
-        parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=len(prompt) + 8, do_sample=False)
-        generator = self._genai.Generator(self._model, parameters)
-        start = time.perf_counter()
-        generator.append_tokens(prompt.astype(np.int32))
-        generator.generate_next_token()
-        return time.perf_counter() - start
-
-
-class LlamaCpp:
-    """llama.cpp by its Python binding.
-
-    Args:
-        path: of a GGUF file.
-    """
-
-    name = "llama.cpp, Q4_0"
-
-    def __init__(self, path: Path) -> None:
-        import llama_cpp
-
-        threads = torch.get_num_threads()
-        self._model = llama_cpp.Llama(
-            str(path), n_ctx=max(CONTEXTS) + 128, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self._weights = path.stat().st_size
-
-    def fill(self, context: int) -> None:
-        """Evaluate random tokens."""
-        self._model.reset()
-        self._model.eval(np.random.default_rng(0).integers(3, VOCABULARY, context).tolist())
-        self._context = context
-        # Its cache is float16.
-        self.bytes_per_token = self._weights + 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 2 * context
-
-    def burst(self, tokens: int) -> float:
-        """The same token again and again: what is chosen does not matter for the time."""
-        start = time.perf_counter()
-        for _ in range(tokens):
-            self._model.eval([1])
-        seconds = time.perf_counter() - start
-        self._model.n_tokens = self._context
-        self._model._ctx.kv_cache_seq_rm(-1, self._context, -1)
-        return seconds
-
-    def first_token(self, prompt: Tokens) -> float:
-        """All of the prompt; the token itself is next to nothing."""
-        self._model.reset()
-        start = time.perf_counter()
-        self._model.eval(prompt.tolist())
-        return time.perf_counter() - start
-
-
-def module() -> torch.nn.Module:
-    """The random Llama."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+def configuration() -> transformers.LlamaConfig:
+    """Of the random Llama."""
+    return transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INNER,
@@ -244,7 +151,23 @@ def module() -> torch.nn.Module:
         max_position_embeddings=max(CONTEXTS) + 128,
         tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+
+
+def module() -> transformers.LlamaForCausalLM:
+    """The random Llama."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(configuration()).eval()
+
+
+def traced(source: transformers.LlamaForCausalLM) -> ir.Model:
+    """Its graph, from which all schemes are compiled: tracing takes most of the time."""
+    return planish.compile(source, "canonicalize", target="portable").model
+
+
+def compiled(graph: ir.Model, passes: str) -> CompiledModel:
+    """By one scheme; random tokens are data enough for random weights."""
+    calibration = [{"input_ids": np.random.default_rng(1).integers(0, VOCABULARY, (4, 128))}]
+    return planish.compile(clone(graph), passes, calibration=calibration)
 
 
 def bandwidth() -> float:
@@ -283,6 +206,9 @@ def measure(
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(bursts):
         for contender in contenders:
+            # Threads of the one before spin for a while when they have nothing to do.
+            time.sleep(_PAUSE)
+            contender.burst(2)
             seconds[contender.name].append(contender.burst(tokens))
     peers = [contender.name for contender in contenders if not isinstance(contender, Planish)]
     best = min(peers, key=lambda name: statistics.median(seconds[name]), default=None)
@@ -329,6 +255,7 @@ def measure_prefill(contenders: Sequence[Contender], rounds: int) -> dict[str, P
         contender.first_token(prompt)
     for _ in range(rounds):
         for contender in running:
+            time.sleep(_PAUSE)
             seconds[contender.name].append(contender.first_token(prompt))
     return {
         name: Prefill(seconds=statistics.median(times), memory=grown.get(name))
@@ -384,44 +311,34 @@ def _cell(figure: Figure) -> str:
     return f"{figure.tokens_per_second:.0f} ({figure.share:.0%}{ratio})"
 
 
-def contenders_of(arguments: argparse.Namespace, source: torch.nn.Module) -> list[Contender]:
+def contenders_of(arguments: argparse.Namespace, source: transformers.LlamaForCausalLM) -> list[Contender]:
     """Compile planish's schemes, and open the peers that are there."""
     found: list[Contender] = []
-    calibration = [{"input_ids": np.random.default_rng(1).integers(0, VOCABULARY, (4, 128))}]
-    compiled: dict[str, CompiledModel] = {}
+    graph = traced(source)
     for name, passes in SCHEMES.items():
         if arguments.only in name:
-            compiled[name] = planish.compile(source, passes, calibration=calibration)
-            found.append(Planish(f"planish {name}", compiled[name]))
-    if arguments.genai is not None:
-        sys.path.append(str(arguments.genai))
-        folder = build_for_genai(source, arguments.output)
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
-        found.append(GenAI("onnxruntime-genai, int4", folder, size - VOCABULARY * HIDDEN * 4))
-    if arguments.gguf is not None:
-        found.append(LlamaCpp(arguments.gguf))
+            found.append(Planish(f"planish {name}", compiled(graph, passes)))
+    if arguments.peers is not None:
+        sys.path.append(str(arguments.peers))
+        found += peers(source, arguments.output)
     return found
 
 
-def build_for_genai(source: torch.nn.Module, output: Path) -> Path:
-    """Save the module for transformers and let onnxruntime-genai's builder make an int4 model of it."""
-    from onnxruntime_genai.models import builder
-
-    folder, checkpoint = output / "genai-int4", output / "checkpoint"
-    if not (folder / "genai_config.json").exists():
-        source.save_pretrained(checkpoint)
-        options: dict[str, Any] = {"int4_block_size": 128, "int4_accuracy_level": 4}
-        builder.create_model(
-            "", str(checkpoint), str(folder), "int4", "cpu", str(output / "cache"), **options
-        )
-    return folder
+def peers(source: transformers.LlamaForCausalLM, output: Path) -> list[Contender]:
+    """Those that can be imported."""
+    config, found = source.config, list[Contender]()
+    if importlib.util.find_spec("onnxruntime_genai"):
+        folder = decoder_peers.build_for_genai(source, output)
+        found.append(decoder_peers.GenAI("onnxruntime-genai, int4", config, folder))
+    if importlib.util.find_spec("llama_cpp"):
+        found.append(decoder_peers.LlamaCpp(config, decoder_peers.write_gguf(source, output)))
+    return found
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--genai", type=Path, metavar="FOLDER", help="where onnxruntime-genai is")
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model in Q4_0, for llama.cpp")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where the peers are installed")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
     parser.add_argument("--bursts", type=int, default=9, help="of each contender")
     parser.add_argument("--tokens", type=int, default=16, help="of a burst")
@@ -441,7 +358,7 @@ def main() -> None:
     prefill = measure_prefill(contenders, arguments.bursts)
     console.print(f"[dim]{prefill}[/dim]")
     text = "\n".join([*lines(found, limit, processor()), *prefill_lines(prefill)])
-    if arguments.only or tuple(arguments.contexts) != CONTEXTS or arguments.genai is None:
+    if arguments.only or tuple(arguments.contexts) != CONTEXTS or arguments.peers is None:
         print(text)
     else:
         _RESULTS.write_text(text)

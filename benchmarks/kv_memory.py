@@ -5,8 +5,8 @@ values), saves it, and starts another one that opens the file and generates: so 
 measured. Measured are the growth of resident memory at its peak over that before the model was opened, and
 what one more token of context takes, from runs at two lengths.
 
-    python benchmarks/kv_memory.py                     # writes results/kv_memory.md
-    python benchmarks/kv_memory.py --long 20000        # the same with a long run in a window of 1,024 tokens
+    python benchmarks/kv_memory.py                 # writes results/kv_memory.md
+    python benchmarks/kv_memory.py --long 0        # without the long run in a window of 1,024 tokens; prints
 """
 
 from __future__ import annotations
@@ -30,18 +30,10 @@ from sentence_embeddings import processor
 LENGTHS = (1024, 4096)
 _NEW = 32
 _CHUNK = 256
-SCHEMES = {
-    "float32": "canonicalize,fuse,raise-cache,last-logits",
-    "W4A16": "canonicalize,fuse,quantize{scheme=W4A16,group_size=128,ignore=[]},raise-cache,last-logits",
-    "W4A16, int8 cache": (
-        "canonicalize,fuse,kv-cache{bits=8},quantize{scheme=W4A16,group_size=128,ignore=[]},last-logits"
-    ),
-    "W4A16, int4 cache": (
-        "canonicalize,fuse,kv-cache{bits=4},quantize{scheme=W4A16,group_size=128,ignore=[]},last-logits"
-    ),
-}
+SCHEMES = ("float32", "W4A16", "W4A16, int8 cache", "W4A16, int4 cache")
+"""Of `decode_speed`."""
 _WINDOW = (
-    "canonicalize,fuse,quantize{scheme=W4A16,group_size=128,ignore=[]},"
+    "canonicalize,fuse,quantize{scheme=W4A16,group_size=128,ignore=[],algorithm=rtn},"
     "evict{policy=recent,keep=0,tokens=1024,sinks=4,recent=1020,renumber=true},last-logits"
 )
 _RESULTS = Path(__file__).parent / "results" / "kv_memory.md"
@@ -100,12 +92,6 @@ def in_process(folder: Path, length: int, new: int, every: int = 0) -> Measured:
     return Measured(**{**fields, "samples": tuple(fields["samples"])})
 
 
-def compiled_to(folder: Path, passes: str) -> None:
-    """Compile the random Llama and save it."""
-    calibration = [{"input_ids": np.random.default_rng(1).integers(0, decode_speed.VOCABULARY, (4, 128))}]
-    planish.compile(decode_speed.module(), passes, calibration=calibration).save(folder)
-
-
 def lines(found: dict[str, dict[int, Measured]]) -> list[str]:
     """Markdown."""
     result = [
@@ -154,18 +140,21 @@ def main() -> None:
     torch.set_grad_enabled(False)
     console = Console(width=160, highlight=False)
     found: dict[str, dict[int, Measured]] = {}
+    graph = decode_speed.traced(decode_speed.module())
     with tempfile.TemporaryDirectory() as name:
-        for scheme, passes in SCHEMES.items():
+        for scheme in SCHEMES:
             folder = Path(name) / "decoder"
-            compiled_to(folder, passes)
+            decode_speed.compiled(graph, decode_speed.SCHEMES[scheme]).save(folder)
             found[scheme] = {length: in_process(folder, length, _NEW) for length in LENGTHS}
             console.print(f"[dim]{scheme}: {found[scheme]}[/dim]")
         text = lines(found)
         if arguments.long:
             folder = Path(name) / "window"
-            compiled_to(folder, _WINDOW)
+            decode_speed.compiled(graph, _WINDOW).save(folder)
             text += long_lines(in_process(folder, arguments.long + 64, arguments.long, 256), arguments.long)
-    _RESULTS.write_text("\n".join(text))
+            _RESULTS.write_text("\n".join(text))
+        else:
+            print("\n".join(text))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class Session:
             disabled_optimizers=list(bound.disabled_optimizers),
         )
         self.inputs = tuple(self._session.get_inputs())
-        self.output_names = tuple(output.name for output in self._session.get_outputs())
+        self.outputs = tuple(self._session.get_outputs())
+        self.output_names = tuple(output.name for output in self.outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Arrays in, arrays out, by graph-input and graph-output name.

@@ -138,13 +138,13 @@ class CachedAttentionBinder:
         past = None if _asks_a_cache(mask) else mask.past
         if past not in self._lengths:
             build = GraphBuilder(f"planish.cache_length.{len(self._lengths)}")
-            one, flat = (build.constant(np.array([1], np.int64), name) for name in ("one", "flat"))
+            one = build.constant(np.array([1], np.int64), "one")
             scalar = build.constant(np.array([], np.int64), "scalar")
             if past is None:
                 total = build.op("Shape", self._inputs[_MASK], start=1, end=2)
                 before = build.op("Sub", total, build.op("Shape", self._inputs[_IDS], start=1, end=2))
             else:
-                total, before = build.op("Reshape", mask.total, flat), build.op("Reshape", past, flat)
+                total, before = build.op("Reshape", mask.total, one), build.op("Reshape", past, one)
             batch = build.op("Shape", self._inputs[_IDS], start=0, end=1)
             last = build.op("Cast", build.op("Expand", build.op("Sub", total, one), batch), to=_INT32)
             whole = build.op("Cast", build.op("Reshape", total, scalar), to=_INT32)

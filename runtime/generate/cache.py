@@ -123,13 +123,15 @@ class Cache:
         self._batch = batch
         self.lengths = np.zeros(1 + max(slot.layer for slot in slots), np.int64)
         self.buffers: dict[str, onnxruntime.OrtValue] = {}
+        # How long the buffers in place are: asking onnxruntime for it takes its time.
+        self._capacities: dict[str, int] = {}
         self.clear(capacity)
 
     @property
     def room(self) -> int | None:
         """Tokens that can still be appended; None if there is no limit."""
         left = [
-            self._length(slot) - int(self.lengths[slot.layer])
+            self._capacities[slot.past] - int(self.lengths[slot.layer])
             for slot in self.slots
             if slot.in_place and not slot.window
         ]
@@ -138,7 +140,7 @@ class Cache:
     @property
     def revocable(self) -> int | None:
         """How many tokens can be appended and dropped again; None if there is no limit."""
-        left = [self._length(slot) - self._held(slot) for slot in self.slots if slot.window]
+        left = [self._capacities[slot.past] - self._held(slot) for slot in self.slots if slot.window]
         return min(left, default=None)
 
     def can_drop(self, count: int) -> bool:
@@ -147,12 +149,8 @@ class Cache:
             self._held(slot, less=count) == self._held(slot) - count for slot in self.slots if slot.window
         )
 
-    def _length(self, slot: CacheSlot) -> int:
-        length: int = self.buffers[slot.past].shape()[2]
-        return length
-
     def _held(self, slot: CacheSlot, *, less: int = 0) -> int:
-        return slot.held(int(self.lengths[slot.layer]) - less, self._length(slot))
+        return slot.held(int(self.lengths[slot.layer]) - less, self._capacities[slot.past])
 
     @property
     def bytes(self) -> int:
@@ -162,15 +160,16 @@ class Cache:
     def reserve(self, room: int) -> None:
         """Make buffers longer that have not so much room."""
         for slot in self.slots:
-            old, length = self.buffers[slot.past], int(self.lengths[slot.layer])
-            if slot.in_place and not slot.window and old.shape()[2] < length + room:
-                kept = old.numpy()[:, :, :length]
+            length = int(self.lengths[slot.layer])
+            if slot.in_place and not slot.window and self._capacities[slot.past] < length + room:
+                kept = self.buffers[slot.past].numpy()[:, :, :length]
                 self._fill(slot, kept, length + room)
 
     def _fill(self, slot: CacheSlot, kept: npt.NDArray[np.generic], capacity: int) -> None:
         array = np.zeros((self._batch, slot.heads, capacity, slot.size), slot.dtype)
         array[:, :, : kept.shape[2]] = kept
         self.buffers[slot.past] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        self._capacities[slot.past] = capacity
 
     def appended(self, new: int, outputs: Mapping[str, onnxruntime.OrtValue]) -> None:
         """Note that a run appended tokens; caches that grow are taken from its outputs."""

@@ -58,8 +58,8 @@ class Decoder:
         self.cache = Cache(cache_slots(model), batch=batch, capacity=capacity)
         self._text = Text(batch)
         self._seen = np.zeros((batch, 1), np.int64)
-        self._runner = Runner(session, self.cache)
-        self._prefill = None if prefill is None else Runner(prefill, self.cache)
+        self._runner = Runner(session, self.cache, batch=batch)
+        self._prefill = None if prefill is None else Runner(prefill, self.cache, batch=batch)
 
     @property
     def length(self) -> int:

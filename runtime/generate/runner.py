@@ -1,4 +1,9 @@
-"""One session over a cache: what is bound once, and what anew for every run."""
+"""One session over a cache: what is bound once, and what anew for every run.
+
+Binding takes as long as a small layer, and asking onnxruntime for its outputs the longer the more there are. So
+a run of one token, of which there are many, writes to buffers that stay bound: the cache's, and one for
+each other output. Only outputs whose shape is known by their run alone have one: caches that grow have not.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,9 @@ from ..session import Session, first_line
 from .cache import Cache
 
 Tokens = npt.NDArray[np.int64]
-Outputs = dict[str, onnxruntime.OrtValue]
+Outputs = Mapping[str, onnxruntime.OrtValue]
+
+_IDS = "input_ids"
 
 
 class Runner:
@@ -22,43 +29,76 @@ class Runner:
     Args:
         session: of the bound model.
         cache: its buffers are bound; call `rebind` when they were replaced.
+        batch: sequences.
     """
 
-    def __init__(self, session: Session, cache: Cache) -> None:
+    def __init__(self, session: Session, cache: Cache, *, batch: int) -> None:
         self._session, self._cache = session, cache
         self.inputs = {argument.name for argument in session.inputs}
+        self._shared = {slot.present: slot.past for slot in cache.slots if slot.in_place}
+        self._growing = [slot.past for slot in cache.slots if not slot.in_place]
+        self._others = [name for name in session.output_names if name not in self._shared]
+        self._of_one_token = _buffers(session, self._others, batch)
+        self._bound_to_buffers = False
         self._binding = session.io_binding()
         self.rebind()
 
     def rebind(self) -> None:
         """Bind shared buffers; all outputs in their order, which is that of what comes back."""
-        shared = {slot.present: slot.past for slot in self._cache.slots if slot.in_place}
-        for past in shared.values():
+        for past in self._shared.values():
             self._binding.bind_ortvalue_input(past, self._cache.buffers[past])
+        self._binding.clear_binding_outputs()
         for name in self._session.output_names:
-            if name in shared:
-                self._binding.bind_ortvalue_output(name, self._cache.buffers[shared[name]])
+            if name in self._shared:
+                self._binding.bind_ortvalue_output(name, self._cache.buffers[self._shared[name]])
             else:
                 self._binding.bind_output(name)
+        self._bound_to_buffers = False
 
     def run(self, given: Mapping[str, Tokens]) -> Outputs:
         """Run once; inputs that the model does not have are left out.
+
+        Returns:
+            Outputs but those of the cache in place; those of one token are overwritten by the next run.
 
         Raises:
             InputError: onnxruntime fails.
         """
         for name in given.keys() & self.inputs:
             self._binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
-        in_place = {slot.present for slot in self._cache.slots if slot.in_place}
-        for slot in self._cache.slots:
-            if not slot.in_place:
-                self._binding.bind_ortvalue_input(slot.past, self._cache.buffers[slot.past])
-        for name in self._session.output_names:
-            if name not in in_place:
-                # Bound to a device and not to memory, which would have the last run's shape.
-                self._binding.bind_output(name)
+        for past in self._growing:
+            self._binding.bind_ortvalue_input(past, self._cache.buffers[past])
+        buffers = self._of_one_token if given[_IDS].shape[1] == 1 else None
+        self._bind_others(buffers)
         try:
             self._session.run_with_binding(self._binding)
         except Exception as error:
             raise InputError(f"onnxruntime could not run the decoder: {first_line(error)}") from error
+        if buffers is not None:
+            return buffers
         return dict(zip(self._session.output_names, self._binding.get_outputs(), strict=True))
+
+    def _bind_others(self, buffers: Outputs | None) -> None:
+        if buffers is None:
+            for name in self._others:
+                # Bound to a device and not to memory, which would have the last run's shape.
+                self._binding.bind_output(name)
+        elif not self._bound_to_buffers:
+            for name, buffer in buffers.items():
+                self._binding.bind_ortvalue_output(name, buffer)
+        self._bound_to_buffers = buffers is not None
+
+
+def _buffers(session: Session, names: list[str], batch: int) -> Outputs | None:
+    """For outputs of one token; None if there is one whose shape is not known."""
+    ids = next(argument for argument in session.inputs if argument.name == _IDS)
+    sizes = dict(zip(ids.shape, (batch, 1), strict=True))
+    found = {}
+    for output in session.outputs:
+        if output.name not in names:
+            continue
+        shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
+        if None in shape or output.type != "tensor(float)":
+            return None
+        found[output.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+    return found
