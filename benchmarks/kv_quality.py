@@ -12,12 +12,17 @@ Every policy keeps the same numbers of tokens, the last 16 among them; queries a
 
     python benchmarks/kv_quality.py                              # everything; writes results/kv_quality.md
     python benchmarks/kv_quality.py --only snapkv --keeps 0.5    # rows whose name contains a text; prints
+
+Rows are kept in the work folder and read from there the next time, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +92,7 @@ OTHERS: Mapping[str, tuple[str, float]] = {
 """Caches of all tokens: passes, and bytes as a share of the full one's."""
 _BOTH = ("snapkv", "expected attention")
 """Policies that are also run on a cache of 8 bits."""
-FULL = "full"
+FULL, _FULL = "full", "fuse,raise-cache"
 SEEDS = (0, 1, 2)
 _PREFILL = 256
 _DEPTHS = 4
@@ -115,7 +120,7 @@ class Method:
 
 def methods(keeps: Sequence[float]) -> Iterator[Method]:
     """All rows."""
-    yield Method(FULL, "fuse,raise-cache", 1.0, 1.0)
+    yield Method(FULL, _FULL, 1.0, 1.0)
     for name, (passes, share) in OTHERS.items():
         yield Method(name, passes, 1.0, share)
     for name, options in POLICIES.items():
@@ -274,10 +279,62 @@ class Row:
     language: Language
     recall: Mapping[int, Recall]
 
+    def write(self, path: Path) -> None:
+        """Keep it."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self)))
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path, method: Method) -> Row:
+        """One that was kept."""
+        kept = json.loads(path.read_text())
+        return cls(
+            method=method,
+            language=Language(**kept["language"]),
+            recall={
+                int(length): Recall(**{name: tuple(shares) for name, shares in one.items()})
+                for length, one in kept["recall"].items()
+            },
+        )
+
     @property
     def longest(self) -> Recall:
         """Recall in the longest texts."""
         return self.recall[max(self.recall)]
+
+
+class Bench:
+    """What all rows are measured on.
+
+    Args:
+        speaker: the language model.
+        knower: the model that recalls.
+        windows: of text [windows, length].
+        lengths: of texts with facts.
+        texts: of each length, for each seed.
+    """
+
+    def __init__(
+        self, speaker: Subject, knower: Subject, windows: Tokens, lengths: tuple[int, ...], texts: int
+    ) -> None:
+        self._speaker, self._knower, self._windows = speaker, knower, windows
+        self._lengths, self._texts = lengths, texts
+
+    @functools.cached_property
+    def _full(self) -> list[Floats]:
+        """Log probabilities of the full cache, window by window."""
+        return language(self._speaker.compiled(Method(FULL, _FULL, 1.0, 1.0), 0), self._windows, None)[1]
+
+    def row(self, method: Method) -> Row:
+        """Measure one method."""
+        spoken = [
+            language(self._speaker.compiled(method, seed), self._windows, self._full)[0]
+            for seed in method.seeds
+        ]
+        compiled = self._knower.compiled(method, 0)
+        known = {length: recall(compiled, length, self._texts) for length in self._lengths}
+        return Row(method=method, language=mean_of(spoken), recall=known)
 
 
 def lines(rows: Sequence[Row], windows: int, texts: int) -> list[str]:
@@ -315,9 +372,7 @@ def depths(rows: Sequence[Row], lengths: Sequence[int]) -> list[str]:
         "|---|---|" + "---|" * len(lengths),
         *(
             f"| {row.method.name} | {row.method.keep:.0%} | "
-            + " | ".join(
-                " ".join(f"{depth:.0%}" for depth in row.recall[length].depths) for length in lengths
-            )
+            + " | ".join(_shares(row.recall[length].depths) for length in lengths)
             + " |"
             for row in rows
         ),
@@ -389,19 +444,17 @@ def main() -> None:
     windows = small.evaluation_windows(arguments.windows)[:, : _PREFILL + 128]
     speaker = Subject(small.load(), small.calibration_windows(32), small.calibration_windows(512))
     knower = recalling_subject(arguments.output, max(arguments.lengths), say)
+    bench = Bench(speaker, knower, windows, tuple(arguments.lengths), arguments.texts)
     rows: list[Row] = []
-    full: list[Floats] | None = None
     for method in methods(arguments.keeps):
         if method.name != FULL and arguments.only not in method.name:
             continue
-        spoken = []
-        for seed in method.seeds:
-            judged, found = language(speaker.compiled(method, seed), windows, full)
-            spoken.append(judged)
-            full = full or found
-        compiled = knower.compiled(method, 0)
-        known = {length: recall(compiled, length, arguments.texts) for length in arguments.lengths}
-        rows.append(Row(method=method, language=mean_of(spoken), recall=known))
+        # A name for everything that the figures depend on.
+        settings = f"{method} {len(windows)} {arguments.lengths} {arguments.texts}"
+        path = arguments.output / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
+        if not path.exists():
+            bench.row(method).write(path)
+        rows.append(Row.read(path, method))
         say(str(rows[-1]))
     text = "\n".join(lines(rows, len(windows), arguments.texts))
     if arguments.only or tuple(arguments.keeps) != KEEPS:

@@ -202,26 +202,34 @@ class CompiledModel:
         )
 
     @functools.cached_property
-    def _prefill_session(self) -> Session:
+    def _prefill_bound(self) -> BoundModel:
         if self.model is self.bound.model:
             raise InputError(
                 "fast_prefill: a saved model has the kernels that it was saved with",
                 hint="compile it again from its source",
             )
-        return Session(self.target.for_rows(_PROMPT_ROWS).bind(self.model), target=self.target)
+        return self.target.for_rows(_PROMPT_ROWS).bind(self.model)
 
-    def memory(self, batch: int = 1, length: int = 2048, *, chunk: int = 512) -> Memory:
+    @functools.cached_property
+    def _prefill_session(self) -> Session:
+        return Session(self._prefill_bound, target=self.target)
+
+    def memory(
+        self, batch: int = 1, length: int = 2048, *, chunk: int = 512, fast_prefill: bool = False
+    ) -> Memory:
         """What generating takes, computed from the graph; see `planish.runtime.generate.memory`.
 
         Args:
             batch: sequences.
             length: tokens of a sequence, prompt and answer together.
             chunk: tokens of the prompt that are run at a time.
+            fast_prefill: with kernels of their own for prompts, as of `decoder`.
 
         Raises:
-            InputError: the model has no cache.
+            InputError: the model has no cache, or its kernels were chosen elsewhere (`open`).
         """
-        return memory(self.bound.model, batch=batch, length=length, chunk=chunk)
+        prefill = self._prefill_bound.model if fast_prefill else None
+        return memory(self.bound.model, batch=batch, length=length, chunk=chunk, prefill=prefill)
 
     @functools.cached_property
     def _eviction_session(self) -> Session:

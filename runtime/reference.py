@@ -35,15 +35,10 @@ class ReferenceSession:
     def __init__(self, model: ir.Model, outputs: Sequence[str] | None = None) -> None:
         if outputs is not None:
             model = _with_outputs(model, outputs)
-        serialized, self._weights = serialize_sharing_weights(model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if self._weights:
-            options.add_external_initializers(
-                list(self._weights),
-                [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()],
-            )
+        serialized, _weights = serialize_sharing_weights(model, options)
         self._session = open_session(serialized, options)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:

@@ -146,14 +146,11 @@ def _open(
             graph.inputs.append(value)
     kept = [value for value in graph.outputs if value.name in outputs]
     graph.outputs[:] = kept
-    serialized, shared = serialize_sharing_weights(copy)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for key, entry in _DEQUANTIZE_ONCE.items():
         options.add_session_config_entry(key, entry)
-    if shared:
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
-        options.add_external_initializers(list(shared), values)
+    serialized, shared = serialize_sharing_weights(copy, options)
     return open_session(serialized, options), shared
 
 

@@ -1,8 +1,10 @@
 """Running a graph with onnxruntime: from the IR in memory to outputs, without copies where it allows.
 
-Weights are handed to onnxruntime by reference (`add_external_initializers`), so that no serialised copy of
-the model is made. Inputs are read in place. Outputs stay in the buffers that onnxruntime allocated and are
-viewed through DLPack. onnxruntime may still keep its own *prepacked* form of a weight.
+Weights are handed to onnxruntime beside the graph, so that no serialised copy of the model is made. Those
+that only kernels of its own domain read, as the integers of a quantised layer, it reads where they are; of
+others it makes a copy, because its graph optimisations may rewrite them (a transpose that is moved into a
+weight keeps the weight's name). It may keep its own *prepacked* form of either. Inputs are read in place.
+Outputs stay in the buffers that onnxruntime allocated and are viewed through DLPack.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.utils.dlpack
 from ..codegen.target import BoundModel, Target
 from ..ir import clone
 from ..ir.errors import InputError, TargetError
+from ..ir.graph_builder import CONTRIB
 
 Array = np.ndarray[Any, Any]
 
@@ -50,12 +53,7 @@ class Session:
             options.intra_op_num_threads = threads
         for key, value in bound.session_options.items():
             options.add_session_config_entry(key, value)
-        serialized, self._shared_weights = serialize_sharing_weights(bound.model)
-        if self._shared_weights:
-            options.add_external_initializers(
-                list(self._shared_weights),
-                [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._shared_weights.values()],
-            )
+        serialized, self._shared_weights = serialize_sharing_weights(bound.model, options, in_place=True)
         self._session = open_session(
             serialized,
             options,
@@ -217,22 +215,48 @@ def _as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
 
-def serialize_sharing_weights(model: ir.Model) -> tuple[bytes, dict[str, Array]]:
-    """The graph as bytes with placeholders for its large weights, and those weights by name."""
+def serialize_sharing_weights(
+    model: ir.Model, options: onnxruntime.SessionOptions, *, in_place: bool = False
+) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
+    """The graph as bytes with placeholders for its large weights, which ``options`` are given instead.
+
+    Args:
+        model: not changed.
+        options: of the session that is opened next.
+        in_place: have weights read where they are, if `is_read_in_place`.
+
+    Returns:
+        the bytes, and those weights by name; if any is read in place, they have to live as long as the
+        session, and all until it is open.
+    """
     shell = clone(model)
-    weights: dict[str, Array] = {}
+    weights: dict[str, onnxruntime.OrtValue] = {}
     for name, value in shell.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _SMALL_TENSOR_BYTES or tensor.dtype.bitwidth < 8:
-            continue
-        if tensor.dtype not in _SHARABLE:
+        if tensor is None or not _goes_beside(tensor):
             continue
         array = np.ascontiguousarray(tensor.numpy())
-        weights[name] = array
+        weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        if in_place and is_read_in_place(value):
+            options.add_initializer(name, weights[name])
         value.const_value = ir.ExternalTensor(
             _PLACEHOLDER_FILE, 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
         )
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     return ir.serde.serialize_model(shell).SerializeToString(), weights
+
+
+def is_read_in_place(weight: ir.Value) -> bool:
+    """Whether onnxruntime makes no copy of a weight: only kernels of its own domain read it."""
+    tensor, readers = weight.const_value, weight.consumers()
+    beside = tensor is not None and _goes_beside(tensor)
+    return beside and bool(readers) and all(node.domain == CONTRIB for node in readers)
+
+
+def _goes_beside(tensor: ir.TensorProtocol) -> bool:
+    """Whether a weight is handed to onnxruntime as an array, and not in the graph."""
+    return tensor.nbytes >= _SMALL_TENSOR_BYTES and tensor.dtype in _SHARABLE
 
 
 # numpy's own types: onnxruntime takes their buffers as they are.

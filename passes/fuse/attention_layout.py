@@ -7,11 +7,12 @@ ONNX defines both ops on [batch, heads, length, size] and on [batch, length, hea
 the four transposes of a layer, each a copy of the whole activation, disappear; a Reshape is free, and
 `reshapes` removes those that undo the split of the heads. past and present keep their 4-D layout.
 
-A normalisation of each head by itself (over the last axis) behind the Transpose moves in front of it.
+A normalisation of each head by itself (over the last axis) behind the Transpose moves in front of it. A
+HadamardTransform of each head (rotation R3) behind the RotaryEmbedding stays behind it, between two Reshapes.
 
-Preconditions: query, key and value come from a Transpose that exchanges axes 1 and 2, with a normalisation
-and a RotaryEmbedding in between or not, all read by nobody else; heads and their sizes are known numbers; the
-result is only read by such Transposes.
+Preconditions: query, key and value come from a Transpose that exchanges axes 1 and 2, with a normalisation, a
+RotaryEmbedding and a HadamardTransform in between or not, all read by nobody else; heads and their sizes are
+known numbers; the result is only read by such Transposes.
 
 Source: ONNX operators Attention (opset 23) and RotaryEmbedding (opset 23).
 """
@@ -22,6 +23,8 @@ import dataclasses
 
 import onnx_ir as ir
 
+from ...ir.ops.definition import DOMAIN
+from ...ir.ops.hadamard_transform import OP_TYPE as HADAMARD
 from ..canonicalize.graph_edits import dims, integer, is_op, only_use, producer, rank
 from ..infrastructure.rewriter import Replacement, Rule, missed
 
@@ -36,6 +39,7 @@ class _Heads:
     """[batch, length, heads, size]."""
     norm: ir.Node | None
     rotary: ir.Node | None
+    hadamard: ir.Node | None
     heads: int
     size: int
 
@@ -95,11 +99,13 @@ def _normalises_heads(node: ir.Node) -> bool:
 
 def _heads_of(value: ir.Value | None) -> _Heads | None:
     """The operand before its Transpose, and what happens behind it, if that is how ``value`` is made."""
-    rotary = producer(value, "RotaryEmbedding")
-    rotated = value if rotary is None else rotary.inputs[0]
+    hadamard = _hadamard_of(value)
+    turned = value if hadamard is None else hadamard.inputs[0]
+    rotary = producer(turned, "RotaryEmbedding")
+    rotated = turned if rotary is None else rotary.inputs[0]
     norm = producer(rotated, "RMSNormalization", "LayerNormalization")
     moved = rotated if norm is None else norm.inputs[0]
-    if any(step is None or not only_use(step) for step in (value, rotated, moved)) or moved is None:
+    if any(step is None or not only_use(step) for step in (value, turned, rotated, moved)) or moved is None:
         return None
     if norm is not None and not _normalises_heads(norm):
         return None
@@ -113,7 +119,12 @@ def _heads_of(value: ir.Value | None) -> _Heads | None:
     heads, size = sizes[2:]
     if not isinstance(heads, int) or not isinstance(size, int):
         return None
-    return _Heads(split, norm, rotary, heads, size)
+    return _Heads(split, norm, rotary, hadamard, heads, size)
+
+
+def _hadamard_of(value: ir.Value | None) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and (node.domain, node.op_type) == (DOMAIN, HADAMARD) else None
 
 
 def _flatten(replacement: Replacement, operand: _Heads) -> ir.Value:
@@ -126,16 +137,35 @@ def _flatten(replacement: Replacement, operand: _Heads) -> ir.Value:
         split.type, split.shape = operand.split.type, operand.split.shape
     flat = replacement.op("Reshape", split, replacement.shape(0, 0, width))
     _type(flat, operand.split, width)
-    if operand.rotary is None:
-        return flat
-    rotated = replacement.node(
-        "RotaryEmbedding",
-        [flat, *operand.rotary.inputs[1:]],
-        {**operand.rotary.attributes, "num_heads": operand.heads},
-        metadata=operand.rotary,
-    ).outputs[0]
-    _type(rotated, operand.split, width)
-    return rotated
+    if operand.rotary is not None:
+        flat = replacement.node(
+            "RotaryEmbedding",
+            [flat, *operand.rotary.inputs[1:]],
+            {**operand.rotary.attributes, "num_heads": operand.heads},
+            metadata=operand.rotary,
+        ).outputs[0]
+        _type(flat, operand.split, width)
+    return flat if operand.hadamard is None else _transformed(replacement, flat, operand, operand.hadamard)
+
+
+def _transformed(replacement: Replacement, flat: ir.Value, operand: _Heads, old: ir.Node) -> ir.Value:
+    """Each head by itself, as the old node did it."""
+    heads = replacement.op(
+        "Reshape", flat, replacement.shape(0, 0, operand.heads, operand.size), like=operand.split
+    )
+    new = ir.node(
+        old.op_type,
+        [heads, *old.inputs[1:]],
+        old.attributes,
+        domain=old.domain,
+        overload=old.overload,
+    )
+    replacement.adopt(new, metadata=old)
+    new.outputs[0].type, new.outputs[0].shape = operand.split.type, operand.split.shape
+    width = operand.heads * operand.size
+    joined = replacement.op("Reshape", new.outputs[0], replacement.shape(0, 0, width))
+    _type(joined, operand.split, width)
+    return joined
 
 
 def _type(value: ir.Value, like: ir.Value, width: int) -> None:

@@ -202,12 +202,8 @@ def _open(piece: ir.Model) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key, value in _DEQUANTIZE_ONCE.items():
         options.add_session_config_entry(key, value)
-    serialized, weights = serialize_sharing_weights(piece)
-    if weights:
-        options.add_external_initializers(
-            list(weights),
-            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()],
-        )
+    # The second is what onnxruntime copies from while the session opens.
+    serialized, _weights = serialize_sharing_weights(piece, options)
     return open_session(serialized, options)
 
 

@@ -186,5 +186,6 @@ class Decoder:
             self.cache.drop_last(self.length - length)
         if length == 0 and self._eviction is not None:
             self._eviction.forget()
+            self._observes = True
         self._text.truncate(length)
         self._seen = self._text.mask.sum(axis=1, keepdims=True)

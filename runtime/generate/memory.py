@@ -1,13 +1,17 @@
 """How much memory generating takes, computed from the graph before anything runs.
 
     weights      bytes of all initializers
-    packed       copies of weights that onnxruntime's kernels make in their own layout when a session starts
+    copies       those that onnxruntime holds besides: packed ones of the weights of its products, in its
+                 kernels' own layout, and plain ones of all other weights that it does not read in place
+    loading      weights + plain copies of all that are not read in place + the largest that is packed: plain
+                 copies are made first, and go when they are packed
     cache        Σ over layers and parts of  batch · heads · tokens · size · bytes; of windows, their buffers'
-    activations  the largest sum of values that are alive together in one run, and the kernels' scratch:
-                 attention's scores, batch · heads · sequence · total floats
+    activations  the largest sum of values that are alive together in one run; attention's scores are none,
+                 for its kernels work in tiles
 
 Values live from the node that makes them to the last one that reads them, in the order of the graph. Runs are
-those of `generate`: the prompt in chunks, the last of which sees the whole text.
+those of `generate`: the prompt in chunks, the last of which sees the whole text. onnxruntime itself takes a
+little for any model, which was measured once.
 """
 
 from __future__ import annotations
@@ -19,21 +23,25 @@ import onnx_ir as ir
 
 from ...ir import clone
 from ...ir.shapes import infer_shapes
-from ...ir.views.values import integer
+from ..session import is_read_in_place
 from .cache import cache_slots
 
-_PACKED_INPUTS = {
-    "MatMul": (1,),
-    "FusedMatMul": (1,),
-    "Gemm": (1,),
-    "MatMulNBits": (1,),
-    "MatMulInteger": (1,),
-    "MatMulIntegerToFloat": (1,),
-    "DynamicQuantizeMatMul": (1,),
-}
-"""Inputs of which kernels keep a copy of their own, by op."""
-_SCORES = "GroupQueryAttention"
-_FLOAT = 4
+_PACKS = frozenset(
+    (
+        "MatMul",
+        "FusedMatMul",
+        "Gemm",
+        "MatMulNBits",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    )
+)
+"""Ops whose kernels keep their second input in a layout of their own."""
+_SCALED = "MatMulNBits"
+"""Packs its scales, too, and as many sums of blocks."""
+_RUNTIME = 20_000_000
+"""Bytes that onnxruntime 1.31 takes for a session of one small model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,30 +50,37 @@ class Memory:
 
     Attributes:
         weights: as in the file.
-        packed: second copies of weights, for the kernels.
+        copies: second copies of weights while running.
+        loading: weights and copies at the peak of opening the model.
+        prefill: weights and copies of the second set of kernels that ``fast_prefill`` asks for.
         cache: keys and values at full length.
         activations: what one run needs besides, at most.
         bytes_per_token: by which the cache grows with a token of one sequence, before windows are full.
     """
 
     weights: int
-    packed: int
+    copies: int
+    loading: int
+    prefill: int
     cache: int
     activations: int
     bytes_per_token: int
 
     @property
     def total(self) -> int:
-        """All together."""
-        return self.weights + self.packed + self.cache + self.activations
+        """At its peak."""
+        running = self.weights + self.copies + self.prefill + self.cache + self.activations
+        return _RUNTIME + max(self.loading, running)
 
     def __str__(self) -> str:
-        parts = ("weights", "packed", "cache", "activations", "total")
+        parts = ("weights", "copies", "prefill", "cache", "activations", "loading", "total")
         sizes = ", ".join(f"{part} {getattr(self, part) / 1e6:,.1f}" for part in parts)
         return f"MB: {sizes}; {self.bytes_per_token:,} bytes of cache per token"
 
 
-def memory(model: ir.Model, *, batch: int, length: int, chunk: int) -> Memory:
+def memory(
+    model: ir.Model, *, batch: int, length: int, chunk: int, prefill: ir.Model | None = None
+) -> Memory:
     """What a bound decoder needs.
 
     Args:
@@ -73,12 +88,12 @@ def memory(model: ir.Model, *, batch: int, length: int, chunk: int) -> Memory:
         batch: sequences.
         length: tokens of a sequence, prompt and answer together.
         chunk: tokens that are run at a time.
+        prefill: the same model, bound for prompts, if they have kernels of their own; not changed.
 
     Raises:
         InputError: the model has no cache.
     """
     slots = cache_slots(model)
-    weights = [value for value in model.graph.initializers.values() if value.const_value is not None]
     new = min(chunk, length)
     sizes = {
         "batch_size": batch,
@@ -86,24 +101,50 @@ def memory(model: ir.Model, *, batch: int, length: int, chunk: int) -> Memory:
         "past_sequence_length": length - new,
         "total_sequence_length": length,
     }
-    per_token = sum(slot.bytes_per_token() for slot in slots)
+    weights, copies, loading = _weights(model)
+    elsewhere = {slot.present for slot in slots if slot.in_place}
     return Memory(
-        weights=sum(_size(value) for value in weights),
-        packed=sum(_packed(node) for node in model.graph.all_nodes()),
+        weights=weights,
+        copies=copies,
+        loading=loading,
+        prefill=0 if prefill is None else _besides(prefill, model),
         cache=batch * sum(slot.capacity(length) * slot.bytes_per_token() for slot in slots),
-        activations=_activations(model, sizes, {slot.present for slot in slots if slot.in_place}),
-        bytes_per_token=per_token,
+        activations=_activations(model if prefill is None else prefill, sizes, elsewhere),
+        bytes_per_token=sum(slot.bytes_per_token() for slot in slots),
     )
+
+
+def _weights(model: ir.Model) -> tuple[int, int, int]:
+    """Bytes of weights, of their copies while running, and of both while loading."""
+    held = plain = largest = 0
+    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    for value in values:
+        packed = sum(_packed(node, value) for node in value.consumers())
+        copied = 0 if is_read_in_place(value) else _size(value)
+        held += packed or copied
+        plain += copied
+        largest = max(largest, packed)
+    total = sum(_size(value) for value in values)
+    return total, held, total + plain + largest
+
+
+def _besides(other: ir.Model, model: ir.Model) -> int:
+    """Bytes that another binding of a model adds: weights that are not the same arrays, and copies."""
+    known = {id(value.const_value) for value in model.graph.initializers.values()}
+    own = [value for value in other.graph.initializers.values() if id(value.const_value) not in known]
+    return sum(_size(value) for value in own) + _weights(other)[1]
 
 
 def _size(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
 
 
-def _packed(node: ir.Node) -> int:
-    places = _PACKED_INPUTS.get(node.op_type, ())
-    operands = [node.inputs[place] for place in places if place < len(node.inputs)]
-    return sum(_size(value) for value in operands if value is not None and value.is_initializer())
+def _packed(node: ir.Node, value: ir.Value) -> int:
+    """Bytes that a reader of a weight keeps of it in a layout of its own."""
+    if node.op_type not in _PACKS or node.inputs[1] is not value:
+        return 0
+    scales = node.inputs[2] if node.op_type == _SCALED else None
+    return _size(value) + (0 if scales is None else 2 * _size(scales))
 
 
 def _activations(model: ir.Model, sizes: Mapping[str, int], elsewhere: set[str]) -> int:
@@ -120,7 +161,7 @@ def _activations(model: ir.Model, sizes: Mapping[str, int], elsewhere: set[str])
         for value in node.outputs:
             if value.name not in elsewhere:
                 alive[value] = _bytes(value, sizes)
-        peak = max(peak, sum(alive.values()) + _scratch(node, sizes))
+        peak = max(peak, sum(alive.values()))
         for value in [value for value in alive if last_reader.get(value, -1) <= position]:
             if not value.is_graph_output():
                 del alive[value]
@@ -138,10 +179,3 @@ def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
             return 0
         elements *= size
     return elements * value.dtype.bitwidth // 8
-
-
-def _scratch(node: ir.Node, sizes: Mapping[str, int]) -> int:
-    if node.op_type != _SCORES:
-        return 0
-    heads = integer(node, "num_heads") or 0
-    return sizes["batch_size"] * heads * sizes["sequence_length"] * sizes["total_sequence_length"] * _FLOAT

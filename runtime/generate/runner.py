@@ -1,7 +1,7 @@
 """One session over a cache: what is bound once, and what anew for every run.
 
-Binding takes as long as a small layer, and asking onnxruntime for its outputs the longer the more there are. So
-a run of one token, of which there are many, writes to buffers that stay bound: the cache's, and one for
+Binding takes as long as a small layer, and asking onnxruntime for its outputs the longer the more there are.
+So a run of one token, of which there are many, writes to buffers that stay bound: the cache's, and one for
 each other output. Only outputs whose shape is known by their run alone have one: caches that grow have not.
 """
 
@@ -97,8 +97,9 @@ def _buffers(session: Session, names: list[str], batch: int) -> Outputs | None:
     for output in session.outputs:
         if output.name not in names:
             continue
-        shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
-        if None in shape or output.type != "tensor(float)":
+        known = all(isinstance(size, int) or size in sizes for size in output.shape)
+        if not known or output.type != "tensor(float)":
             return None
+        shape = [sizes.get(size, size) for size in output.shape]
         found[output.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
     return found

@@ -325,6 +325,20 @@ def test_a_cache_that_evicts_stays_small_and_is_gone_on_with(fused):
     assert compiled.generate(longer, 5, decoder=decoder).shape == (1, 87)
 
 
+def test_another_text_is_evicted_as_the_first_was(fused):
+    """Queries are kept again from the start of a text, though none were after the last eviction."""
+    compiled = planish.compile(clone(fused), "evict{policy=snapkv,window=4,keep=0.5,recent=4}", target=TARGET)
+    decoder = compiled.decoder(capacity=24)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, 17))
+    found = []
+    for _ in range(2):
+        decoder.truncate(0)
+        decoder.forward(ids[:, :16])
+        decoder.evict(room=4)
+        found.append(decoder.forward(ids[:, 16:]))
+    np.testing.assert_array_equal(*found)
+
+
 def test_layers_of_a_pyramid_keep_different_numbers(fused):
     compiled = planish.compile(
         clone(fused),

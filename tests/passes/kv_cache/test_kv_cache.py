@@ -11,9 +11,11 @@ from planish.ir.errors import PassError
 from planish.ir.views.caches import cached_layers
 from planish.ir.views.masks import causal_mask
 from planish.passes import Pipeline
+from planish.passes.fuse import Fuse
 from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.kv_cache import KVCache, RaiseCache
 from planish.passes.kv_cache.scales import magnitudes, scales
+from planish.passes.rotate import Rotate
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.session import Session
 
@@ -23,7 +25,7 @@ LAYERS, KV_HEADS, SIZE = 2, 2, 8
 
 
 @pytest.fixture(scope="module")
-def fused():
+def canonical():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -35,7 +37,12 @@ def fused():
         head_dim=SIZE,
     )
     module = transformers.LlamaForCausalLM(config).eval()
-    return planish.compile(module, target="portable").model
+    return planish.compile(module, "canonicalize", target="portable").model
+
+
+@pytest.fixture(scope="module")
+def fused(canonical):
+    return planish.compile(clone(canonical), "fuse", target="portable").model
 
 
 @pytest.fixture
@@ -104,6 +111,18 @@ def test_raised_models_compute_the_same(fused, model, calibration, target, lengt
     expected = steps(PORTABLE.bind(fused), lengths, batch)
     # Sums of 32 float32 products in another order, through two layers.
     np.testing.assert_allclose(steps(target.bind(model), lengths, batch), expected, atol=2e-5)
+
+
+def test_rotated_keys_and_values_are_raised(canonical, fused, calibration):
+    rotated = clone(canonical)
+    passes = (Rotate(rotations=("R2", "R3"), when="always"), Fuse(), RaiseCache())
+    report = apply(rotated, calibration, *passes)
+    assert str(report.passes[-1].coverage) == "2 of 2 layers of the cache"
+    assert [node.op_type for node in rotated.graph].count("HadamardTransform") == 2 * LAYERS
+    lengths = (6, 1, 1)
+    expected = steps(PORTABLE.bind(fused), lengths, 2)
+    # Sums of 32 float32 products in another order, through two layers.
+    np.testing.assert_allclose(steps(TARGET.bind(rotated), lengths, 2), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("granularity", ["per-channel", "per-tensor"])
