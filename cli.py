@@ -148,6 +148,12 @@ def compile_command(
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Write the weights beside the file, whatever their size.")
     ] = False,
+    fast_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--fast-prefill", help="For a decoder's folder: write kernels for prompts, too (prefill.onnx)."
+        ),
+    ] = False,
 ) -> None:
     """Compile an ONNX file: run passes over it, bind it to a target, write the result.
 
@@ -192,7 +198,7 @@ def compile_command(
                 *([statistics] if statistics else []),
             ],
         )
-        written = compiled.save(output, external_data=external_data or None)
+        written = compiled.save(output, external_data=external_data or None, fast_prefill=fast_prefill)
         others = [
             other.save(output.with_stem(f"{output.stem}-{label}"), external_data=external_data or None)
             for label, other in compiled.alternatives.items()

@@ -50,6 +50,9 @@ def generate(
     ] = 0.0,
     mirostat: Annotated[float, typer.Option(help="Aim at this surprise in bits; 0: off.", min=0.0)] = 0.0,
     draft: Annotated[bool, typer.Option(help="Draft from the text itself: same tokens, fewer runs.")] = False,
+    fast_prefill: Annotated[
+        bool, typer.Option(help="Run the prompt by prefill.onnx, if that is beside the model.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Generate text with a decoder.
@@ -80,6 +83,7 @@ def generate(
             sampling=_sampling(temperature, top_k, top_p, min_p, mirostat),
             stop_tokens=() if facts is None else facts.end_tokens,
             draft=PromptLookup() if draft else None,
+            fast_prefill=fast_prefill and compiled.has_fast_prefill,
             seed=seed,
         )
     finally:

@@ -26,6 +26,7 @@ from .passes.infrastructure.pipeline import Pipeline
 from .passes.infrastructure.report import PipelineReport
 from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
+from .runtime.saved import note_session_options
 
 Check = Literal["contract", "verify", "none"]
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -122,9 +123,7 @@ def _bind(
     # Without times, so that the same compilation writes the same bytes.
     graph.metadata_props.update({**recipe, "planish.report": json.dumps(report.as_dict(costs=False))})
     bound = target.bind(graph)
-    if bound.session_options:
-        # Whoever runs the file elsewhere can set what the chosen kernels rely on.
-        bound.model.metadata_props["planish.session_options"] = json.dumps(dict(bound.session_options))
+    note_session_options(bound)
     if signature is not None:
         signature = signature.restricted(graph.graph)
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)

@@ -44,7 +44,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 KEEPS = (0.25, 0.5, 0.75)
 _SIDES = "recent=16"
-_DISTILL = "distill{steps=200}"
+_DISTILL = "distill{steps=60}"
 _HALF = "half"
 """Stands for half the number of a model's heads of keys and values."""
 POLICIES: Mapping[str, str] = {
@@ -82,14 +82,17 @@ OTHERS: Mapping[str, tuple[str, float]] = {
     "int4 per channel, values rotated": ("rotate{rotations=[R2],when=always},fuse,kv-cache{bits=4}", 0.125),
     "heads of 75 %": ("shrink-heads{keep=0.75},fuse,raise-cache", 0.75),
     "heads of 50 %": ("shrink-heads{keep=0.5},fuse,raise-cache", 0.5),
-    "heads of 50 %, distilled": (f"shrink-heads{{keep=0.5}},{_DISTILL},fuse,raise-cache", 0.5),
     "half the heads of keys and values": (f"group-queries{{kv_heads={_HALF}}},fuse,raise-cache", 0.5),
+}
+"""Caches of all tokens: passes, and bytes as a share of the full one's."""
+DISTILLED: Mapping[str, tuple[str, float]] = {
+    "heads of 50 %, distilled": (f"shrink-heads{{keep=0.5}},{_DISTILL},fuse,raise-cache", 0.5),
     "half the heads of keys and values, distilled": (
         f"group-queries{{kv_heads={_HALF}}},{_DISTILL},fuse,raise-cache",
         0.5,
     ),
 }
-"""Caches of all tokens: passes, and bytes as a share of the full one's."""
+"""The same with training, which takes minutes: they come last."""
 _BOTH = ("snapkv", "expected attention")
 """Policies that are also run on a cache of 8 bits."""
 FULL, _FULL = "full", "fuse,raise-cache"
@@ -130,6 +133,8 @@ def methods(keeps: Sequence[float]) -> Iterator[Method]:
             yield Method(name, f"fuse,{evict}", keep, keep, seeds)
             if name in _BOTH:
                 yield Method(f"{name}, int8", f"fuse,kv-cache{{bits=8}},{evict}", keep, keep / 4)
+    for name, (passes, share) in DISTILLED.items():
+        yield Method(name, passes, 1.0, share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

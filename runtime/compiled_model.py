@@ -23,7 +23,7 @@ from .generate import Decoder, Eviction, Generation, generate
 from .generate.memory import Memory, memory
 from .generate.prompts import prompts
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
-from .saved import read_saved
+from .saved import note_session_options, prefill_file, read_prefill, read_saved
 from .session import Session
 
 Array = np.ndarray[Any, Any]
@@ -71,6 +71,7 @@ class CompiledModel:
         self.signature = signature
         self.alternatives: Mapping[str, CompiledModel] = {}
         self.eviction = companions_of(model).get(EVICTION)
+        self._path: Path | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, target: str | Target = "onnxruntime-cpu") -> CompiledModel:
@@ -85,7 +86,9 @@ class CompiledModel:
         """
         bound, report = read_saved(Path(path))
         target = get_target(target) if isinstance(target, str) else target
-        return cls(model=bound.model, bound=bound, target=target, report=report)
+        opened = cls(model=bound.model, bound=bound, target=target, report=report)
+        opened._path = Path(path)
+        return opened
 
     @functools.cached_property
     def session(self) -> Session:
@@ -187,7 +190,7 @@ class CompiledModel:
                 numbers may differ in the last bits, as between any two kernels.
 
         Raises:
-            InputError: the model has no cache, or its kernels were chosen elsewhere (`open`).
+            InputError: the model has no cache, or was saved without kernels for prompts.
         """
         eviction = None
         if self.eviction is not None:
@@ -201,14 +204,24 @@ class CompiledModel:
             prefill=self._prefill_session if fast_prefill else None,
         )
 
+    @property
+    def has_fast_prefill(self) -> bool:
+        """Whether there are kernels of their own for prompts: not in files that were saved without them."""
+        return self._path is None or prefill_file(self._path) is not None
+
     @functools.cached_property
     def _prefill_bound(self) -> BoundModel:
-        if self.model is self.bound.model:
+        if self._path is None:
+            bound = self.target.for_rows(_PROMPT_ROWS).bind(self.model)
+            note_session_options(bound)
+            return bound
+        file = prefill_file(self._path)
+        if file is None:
             raise InputError(
-                "fast_prefill: a saved model has the kernels that it was saved with",
-                hint="compile it again from its source",
+                f"fast_prefill: {self._path} was saved without kernels for prompts",
+                hint="save it to a folder with fast_prefill=True",
             )
-        return self.target.for_rows(_PROMPT_ROWS).bind(self.model)
+        return read_prefill(file)
 
     @functools.cached_property
     def _prefill_session(self) -> Session:
@@ -226,7 +239,7 @@ class CompiledModel:
             fast_prefill: with kernels of their own for prompts, as of `decoder`.
 
         Raises:
-            InputError: the model has no cache, or its kernels were chosen elsewhere (`open`).
+            InputError: the model has no cache, or was saved without kernels for prompts.
         """
         prefill = self._prefill_bound.model if fast_prefill else None
         return memory(self.bound.model, batch=batch, length=length, chunk=chunk, prefill=prefill)
@@ -237,7 +250,12 @@ class CompiledModel:
         return Session(BoundModel(model=self.eviction), target=self.target)
 
     def save(
-        self, path: str | os.PathLike[str], *, tokenizer: Any = None, external_data: bool | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        fast_prefill: bool = False,
+        external_data: bool | None = None,
     ) -> Path:
         """Write the bound model as one ONNX file, or as a folder with all that a decoder needs.
 
@@ -247,6 +265,8 @@ class CompiledModel:
             path: ``….onnx`` for one file. Everything else is a folder, made if it is not there, with
                 ``model.onnx``, and for decoders traced from transformers ``genai_config.json``.
             tokenizer: for a folder, a tokenizer of transformers or a folder with its files.
+            fast_prefill: for a decoder's folder, write the kernels for prompts (see `decoder`) beside it, as
+                ``prefill.onnx``: about as large again.
             external_data: write the weights to a second file; None: only if they are too large for one.
 
         Returns:
@@ -254,13 +274,18 @@ class CompiledModel:
 
         Raises:
             ModelError: it cannot be written.
-            InputError: a tokenizer for a single file, or what was given is none.
+            InputError: a tokenizer or kernels for prompts for a single file, or no tokenizer was found.
         """
         path = Path(path)
         if path.suffix == ".onnx":
             if tokenizer is not None:
                 raise InputError(
                     f"a tokenizer goes into a folder, found the file {path}", hint=f"save to {path.parent}"
+                )
+            if fast_prefill:
+                raise InputError(
+                    f"kernels for prompts go into a folder, found the file {path}",
+                    hint=f"save to {path.parent}",
                 )
             if self.eviction is not None:
                 raise InputError(
@@ -270,7 +295,12 @@ class CompiledModel:
             save(self.bound.model, path, external_data=external_data)
             return path
         save_folder(
-            self.bound, path, eviction=self.eviction, tokenizer=tokenizer, external_data=external_data
+            self.bound,
+            path,
+            eviction=self.eviction,
+            prefill=self._prefill_bound if fast_prefill else None,
+            tokenizer=tokenizer,
+            external_data=external_data,
         )
         return path / MODEL_FILE
 

@@ -18,7 +18,7 @@ from ..ir.decoder_facts import DecoderFacts
 from ..ir.errors import InputError, ModelError
 from .generate.genai import CONFIG_FILE, genai_config
 
-MODEL_FILE, EVICTION_FILE = "model.onnx", "evict.onnx"
+MODEL_FILE, EVICTION_FILE, PREFILL_FILE = "model.onnx", "evict.onnx", "prefill.onnx"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -34,6 +34,7 @@ def save_folder(
     folder: Path,
     *,
     eviction: ir.Model | None = None,
+    prefill: BoundModel | None = None,
     tokenizer: Any = None,
     external_data: bool | None = None,
 ) -> None:
@@ -47,6 +48,8 @@ def save_folder(
         bound: the model.
         folder: made if it is not there; other files in it stay.
         eviction: the graph that evicts, for decoders that have it.
+        prefill: the same model with kernels for prompts, if it is to be written beside; without it, one that
+            an earlier model left there is removed.
         tokenizer: one of transformers, or a folder that has its files.
         external_data: as of `planish.ir.save`.
 
@@ -66,9 +69,13 @@ def save_folder(
                 _write_config(bound, made)
             else:
                 save(eviction, made / EVICTION_FILE)
+            if prefill is not None:
+                save(prefill.model, made / PREFILL_FILE, external_data=external_data)
             if tokenizer is not None:
                 _write_tokenizer(tokenizer, made)
             folder.mkdir(exist_ok=True)
+            if prefill is None:
+                (folder / PREFILL_FILE).unlink(missing_ok=True)
             for file in sorted(made.iterdir()):
                 os.replace(file, folder / file.name)
     except OSError as error:

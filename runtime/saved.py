@@ -12,7 +12,7 @@ from ..codegen.target import BoundModel
 from ..ir import load
 from ..ir.companions import EVICTION, EVICTS_KEY, attach
 from ..ir.errors import ModelError
-from .folder import EVICTION_FILE, MODEL_FILE
+from .folder import EVICTION_FILE, MODEL_FILE, PREFILL_FILE
 
 _REPORT, _RECIPE, _OPTIONS = "planish.report", "planish.recipe", "planish.session_options"
 
@@ -38,6 +38,39 @@ class SavedReport:
         return self._report
 
 
+def note_session_options(bound: BoundModel) -> None:
+    """Write into a bound model what its kernels rely on, for whoever runs the file."""
+    if bound.session_options:
+        bound.model.metadata_props[_OPTIONS] = json.dumps(dict(bound.session_options))
+
+
+def prefill_file(path: Path) -> Path | None:
+    """Where a decoder's kernels for prompts are, if it was saved with them: beside its ``model.onnx``."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / PREFILL_FILE
+    return file if file.is_file() and (path.is_dir() or path.name == MODEL_FILE) else None
+
+
+def read_prefill(file: Path) -> BoundModel:
+    """Those kernels.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    model = load(file)
+    return BoundModel(model=model, session_options=_session_options(file, dict(model.metadata_props)))
+
+
+def _session_options(file: Path, properties: dict[str, str]) -> dict[str, str]:
+    try:
+        options: dict[str, str] = json.loads(properties.get(_OPTIONS, "{}"))
+    except ValueError as error:
+        raise ModelError(
+            f"{file}: its metadata is damaged: {error}", hint="compile the model again from its source"
+        ) from error
+    return options
+
+
 def read_saved(path: Path) -> tuple[BoundModel, SavedReport]:
     """The bound model of a file, or of the folder that one is in, and its report.
 
@@ -47,8 +80,8 @@ def read_saved(path: Path) -> tuple[BoundModel, SavedReport]:
     file = path / MODEL_FILE if path.is_dir() else path
     model = load(file)
     properties = dict(model.metadata_props)
+    options = _session_options(file, properties)
     try:
-        options = json.loads(properties.get(_OPTIONS, "{}"))
         report = SavedReport(properties)
     except ValueError as error:
         raise ModelError(

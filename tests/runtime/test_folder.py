@@ -10,8 +10,10 @@ import transformers
 from planish.ir.decoder_facts import DecoderFacts
 from planish.ir.errors import InputError, ModelError
 from planish.runtime.generate.genai import genai_config
+from planish.runtime.generate.runner import Runner
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
+IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,54 @@ def tokenizer(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"):
         (folder / name).write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(module):
+    """Four bits by channel: other kernels for one token and for many."""
+    calibration = [{"input_ids": IDS}]
+    passes = "canonicalize,fuse,quantize{scheme=W4A8,group_size=-1,algorithm=rtn},raise-cache"
+    return planish.compile(module, passes, target=TARGET, calibration=calibration)
+
+
+def test_kernels_for_prompts_compute_the_same(quantised, tmp_path, monkeypatch):
+    runners, run = [], Runner.run
+
+    def noted(runner, given):
+        runners.append(runner)
+        return run(runner, given)
+
+    monkeypatch.setattr(Runner, "run", noted)
+    path = quantised.save(tmp_path / "llama", fast_prefill=True).parent
+    opened = planish.CompiledModel.open(path)
+    assert opened.has_fast_prefill
+    found = []
+    for compiled, fast in ((quantised, False), (quantised, True), (opened, False), (opened, True)):
+        decoder = compiled.decoder(capacity=25, fast_prefill=fast)
+        found.append(np.concatenate([decoder.forward(IDS[:1]), decoder.forward(IDS[1:, :1])], axis=1))
+        assert (runners[-2] is not runners[-1]) == fast
+    plain, fast, opened_plain, opened_fast = found
+    np.testing.assert_array_equal(opened_plain, plain)
+    np.testing.assert_array_equal(opened_fast, fast)
+    # A kernel for one token may round activations in blocks, one for many by token: each to 8 bits.
+    assert np.abs(fast - plain).max() < 0.05 * np.abs(plain).max()
+
+
+def test_memory_tells_of_kernels_for_prompts(quantised):
+    alone, both = quantised.memory(1, 64), quantised.memory(1, 64, fast_prefill=True)
+    assert alone.prefill == 0 < both.prefill
+    assert both.total >= alone.total
+
+
+def test_kernels_for_prompts_of_an_earlier_model_go(compiled, quantised, tmp_path):
+    quantised.save(tmp_path / "llama", fast_prefill=True)
+    compiled.save(tmp_path / "llama")
+    opened = planish.CompiledModel.open(tmp_path / "llama")
+    assert not opened.has_fast_prefill
+    with pytest.raises(InputError, match="saved without kernels for prompts"):
+        opened.decoder(fast_prefill=True)
+    with pytest.raises(InputError, match="go into a folder"):
+        compiled.save(tmp_path / "llama.onnx", fast_prefill=True)
 
 
 def test_a_decoder_s_folder(compiled, tokenizer, tmp_path):
