@@ -115,6 +115,11 @@ class CausalLMSignature(Signature):
         if "position_ids" in self.input_names:
             attended = (feeds["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             feeds["position_ids"] = arguments.pop("position_ids", attended[:, -ids.shape[1] :])
+        if "attention_mask" not in self.input_names and not feeds.pop("attention_mask").all():
+            raise InputError(
+                "attention_mask: the model takes no padding, and found zeros",
+                hint="give texts of one length, or one after the other",
+            )
         for name, value in arguments.items():
             if is_tensor(value) or _ALWAYS.get(name) != value:
                 raise InputError(

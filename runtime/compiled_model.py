@@ -18,6 +18,7 @@ from ..ir import save
 from ..ir.companions import EVICTION, companions_of
 from ..ir.errors import InputError
 from ..ir.signature import Signature, flatten_inputs, unflatten_outputs
+from .calibration.data import completed
 from .folder import MODEL_FILE, save_folder
 from .generate import Decoder, Eviction, Generation, generate
 from .generate.memory import Memory, memory
@@ -117,14 +118,19 @@ class CompiledModel:
         """Call it as the module was called: tensors in, the module's own output structure out.
 
         A model that came from ONNX has no module: positional tensors are its graph inputs in order,
-        keyword tensors go by name, and a dict of tensors by output name comes back.
+        keyword tensors go by name, and a dict of tensors by output name comes back. A decoder needs its
+        ``input_ids`` alone: mask, positions and an empty cache follow from them.
         """
         if self.signature is not None:
             tensors: Mapping[str, torch.Tensor] = flatten_inputs(self.signature, args, kwargs)
         else:
             tensors = self._name_arguments(args, kwargs)
         feeds = {name: torch.as_tensor(tensor).detach().cpu().numpy() for name, tensor in tensors.items()}
-        outputs = self.session.run_torch(feeds)
+        outputs = self.session.run_torch(completed(feeds, self.bound.model))
+        if self.eviction is not None:
+            # Of these queries an eviction reads: the module has no such outputs.
+            for value in self.eviction.graph.inputs:
+                outputs.pop(str(value.name), None)
         if self.signature is None:
             return outputs
         return unflatten_outputs(self.signature, list(outputs.values()))

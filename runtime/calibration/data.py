@@ -107,13 +107,13 @@ def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
     kept = {name: array for name, array in feeds.items() if name in inputs or name == LABELS}
     caches = [name for name in kept if name.startswith(_PAST)]
     if all(_fits(kept[name], inputs[name]) for name in caches):
-        return _completed(kept, model)
+        return completed(kept, model)
     past = kept[caches[0]].shape[2]
     for name in caches:
         kept[name] = _empty_past(inputs[name], kept[name].shape[0])
     if past and MASK in kept:
         kept[MASK] = kept[MASK][..., past:]
-    return _completed(kept, model)
+    return completed(kept, model)
 
 
 def _fits(array: Array, value: ir.Value) -> bool:
@@ -164,7 +164,7 @@ def _feeds(item: Any, model: ir.Model, signature: Signature | None) -> dict[str,
         if len(values) > len(names):
             raise InputError(f"{len(values)} tensors were given, the model has the inputs {names}")
         feeds = {name: _array(value) for name, value in zip(names, values, strict=False)}
-    return _completed(feeds, model)
+    return completed(feeds, model)
 
 
 def _input_names(model: ir.Model) -> list[str]:
@@ -179,8 +179,13 @@ def _array(value: Any) -> Array:
     return np.asarray(value)
 
 
-def _completed(feeds: dict[str, Array], model: ir.Model) -> dict[str, Array]:
-    """Add what a decoder's other inputs follow from."""
+def completed(feeds: dict[str, Array], model: ir.Model) -> dict[str, Array]:
+    """Feeds of a decoder with what its other inputs follow from: mask, positions, an empty cache.
+
+    Args:
+        feeds: arrays by graph-input name; without ``input_ids`` [batch, sequence] they stay as they are.
+        model: whose inputs are completed.
+    """
     ids = feeds.get("input_ids")
     if ids is None or ids.ndim != 2:
         return feeds

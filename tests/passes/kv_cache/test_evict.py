@@ -325,6 +325,22 @@ def test_a_cache_that_evicts_stays_small_and_is_gone_on_with(fused):
     assert compiled.generate(longer, 5, decoder=decoder).shape == (1, 87)
 
 
+def test_the_decoder_is_called_as_the_module_was(module):
+    options = Evict(policy="snapkv", keep=0.5, window=4, recent=4)
+    compiled = planish.compile(module, ["canonicalize", "fuse", options], target=TARGET)
+    ids = torch.tensor(IDS[:, :8])
+    with torch.no_grad():
+        first = module(ids)
+        expected = module(ids, past_key_values=first.past_key_values).logits
+    found = compiled(ids)
+    assert found.keys() == first.keys()
+    again = compiled(ids, past_key_values=found.past_key_values).logits
+    # Sums of 32 float32 products in another order, through two layers.
+    torch.testing.assert_close(again, expected, rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match="takes no padding"):
+        compiled(ids, attention_mask=torch.zeros_like(ids))
+
+
 def test_another_text_is_evicted_as_the_first_was(fused):
     """Queries are kept again from the start of a text, though none were after the last eviction."""
     compiled = planish.compile(clone(fused), "evict{policy=snapkv,window=4,keep=0.5,recent=4}", target=TARGET)
