@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime
 
 from ...ir.errors import InputError
 from ...ir.views.caches import LENGTHS
@@ -138,6 +141,39 @@ class Decoder:
         self._observes = again
         if not again:
             self._eviction.forget()
+        self._rebind()
+
+    def restore(self, ids: Tokens, kept: Mapping[str, Array]) -> None:
+        """Hold texts whose keys and values were computed before, instead of what is there.
+
+        Args:
+            ids: [batch, length], without padding.
+            kept: by name of the outputs ``present.…``, [batch, heads, length, size], as they came out.
+
+        Raises:
+            InputError: other sequences or names, too many tokens, or caches that hold parts of a text.
+        """
+        names = {slot.present for slot in self.cache.slots}
+        if self.evicts or any(slot.window for slot in self.cache.slots):
+            raise InputError("caches that forget tokens cannot be restored", hint="run the text again")
+        if len(ids) != self.batch or ids.shape[1] > self.capacity:
+            raise InputError(
+                f"expected {self.batch} texts of at most {self.capacity} tokens, found {list(ids.shape)}"
+            )
+        if kept.keys() != names:
+            raise InputError(f"expected the caches {sorted(names)}, found {sorted(kept)}")
+        for slot in self.cache.slots:
+            expected = (self.batch, slot.heads, ids.shape[1], slot.size)
+            if kept[slot.present].shape != expected or kept[slot.present].dtype != slot.dtype:
+                raise InputError(
+                    f"{slot.present}: expected {list(expected)} {slot.dtype}, found "
+                    f"{list(kept[slot.present].shape)} {kept[slot.present].dtype}"
+                )
+        self.truncate(0)
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in kept.items()}
+        self.cache.replace(values, room=self.capacity - ids.shape[1])
+        self._text.append(ids, np.ones_like(ids))
+        self._seen = self._seen + ids.shape[1]
         self._rebind()
 
     def reserve(self, room: int) -> None:

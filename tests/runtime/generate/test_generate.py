@@ -208,3 +208,28 @@ def test_what_the_model_cannot_read_is_refused(compiled, prompt, new, message):
 
 def test_the_last_position_is_used(compiled):
     assert compiled.generate([[1] * 100], 29).shape == (1, 129)
+
+
+def test_a_cache_that_was_kept_is_gone_on_with(module, compiled):
+    ids = np.random.default_rng(3).integers(0, 64, (2, 9))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if "position_ids" in compiled.input_names:
+        feeds["position_ids"] = np.arange(9)[None].repeat(2, axis=0)
+    pasts = compiled.decoder(batch=2, capacity=4).cache.slots
+    feeds |= {slot.past: np.zeros((2, slot.heads, 0, slot.size), slot.dtype) for slot in pasts}
+    found = compiled.run(feeds)
+    kept = {slot.present: found[slot.present] for slot in pasts}
+    decoder = compiled.decoder(batch=2, capacity=16)
+    decoder.restore(ids, kept)
+    assert decoder.length == 9
+    with torch.no_grad():
+        longer = torch.as_tensor(np.concatenate([ids, ids[:, :1]], axis=1))
+        expected = module(longer).logits[:, -1:]
+    # Sums of float32 products in another order, through two layers.
+    np.testing.assert_allclose(decoder.forward(ids[:, :1]), expected, atol=2e-5)
+    with pytest.raises(InputError, match="at most 16 tokens"):
+        decoder.restore(np.zeros((2, 17), np.int64), kept)
+    with pytest.raises(InputError, match="expected the caches"):
+        decoder.restore(ids, {})
+    with pytest.raises(InputError, match=r"present.*expected \[2, "):
+        decoder.restore(ids[:, :8], kept)
