@@ -179,6 +179,11 @@ def compile_command(
     pipeline = _pipeline(passes)
     if not output.parent.is_dir():  # before hours of work, not after
         raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
+    if fast_prefill and output.suffix == ".onnx":
+        raise InputError(
+            f"--fast-prefill: kernels for prompts go into a folder, found --output {output}",
+            hint=f"give --output {output.with_suffix('')}",
+        )
     example_inputs = _inputs(model, inputs, size) if inputs or check == "contract" else None
     statistics = RewriteStatistics() if stats else None
     with ProgressBars(err) as progress:

@@ -21,6 +21,7 @@ from ..ir.signature import Signature, flatten_inputs, unflatten_outputs
 from .calibration.data import completed
 from .folder import MODEL_FILE, save_folder
 from .generate import Decoder, Eviction, Generation, generate
+from .generate.cache import cache_slots
 from .generate.memory import Memory, memory
 from .generate.prompts import prompts
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
@@ -280,7 +281,8 @@ class CompiledModel:
 
         Raises:
             ModelError: it cannot be written.
-            InputError: a tokenizer or kernels for prompts for a single file, or no tokenizer was found.
+            InputError: a tokenizer or kernels for prompts for a single file, kernels for prompts without a
+                cache, or no tokenizer was found.
         """
         path = Path(path)
         if path.suffix == ".onnx":
@@ -300,6 +302,8 @@ class CompiledModel:
                 )
             save(self.bound.model, path, external_data=external_data)
             return path
+        if fast_prefill:
+            cache_slots(self.bound.model)  # Only what has a cache has prompts.
         save_folder(
             self.bound,
             path,

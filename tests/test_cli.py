@@ -282,6 +282,14 @@ def test_files_that_are_missing_or_damaged_are_one_line_and_code_1(model, tmp_pa
     assert "is not a folder" in fails("compile", model, "-o", tmp_path / "no" / "such" / "folder.onnx")
 
 
+def test_kernels_for_prompts_need_a_folder_and_a_decoder(model, tmp_path):
+    output = tmp_path / "out.onnx"
+    assert "go into a folder" in fails("compile", model, "-o", output, "--fast-prefill")
+    assert "no key-value cache" in fails("compile", model, "-o", tmp_path / "out", "--fast-prefill")
+    assert not output.exists()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [
