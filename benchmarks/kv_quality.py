@@ -59,6 +59,7 @@ POLICIES: Mapping[str, str] = {
     "snapkv, pyramid": "policy=snapkv,window=16,budget=pyramid",
     "snapkv, graphkv": "policy=snapkv,window=16,rescore=graphkv",
     "snapkv, kvcrush": "policy=snapkv,window=16,rescore=kvcrush",
+    "snapkv, drawn": "policy=snapkv,window=16,rescore=drawn",
     "snapkv, merged": "policy=snapkv,window=16,merge=true",
     "snapkv, prefix": "policy=snapkv,window=16,budget=prefix",
     "snapkv, heads": "policy=snapkv,window=16,budget=heads",
@@ -67,6 +68,7 @@ POLICIES: Mapping[str, str] = {
     "expected attention, pyramid": "policy=expected-attention,budget=pyramid",
     "expected attention, graphkv": "policy=expected-attention,rescore=graphkv",
     "expected attention, kvcrush": "policy=expected-attention,rescore=kvcrush",
+    "expected attention, drawn": "policy=expected-attention,rescore=drawn",
     "expected attention, merged": "policy=expected-attention,merge=true",
     "expected attention, prefix": "policy=expected-attention,budget=prefix",
     "expected attention, heads": "policy=expected-attention,budget=heads",
@@ -127,7 +129,7 @@ def methods(keeps: Sequence[float]) -> Iterator[Method]:
     for name, (passes, share) in OTHERS.items():
         yield Method(name, passes, 1.0, share)
     for name, options in POLICIES.items():
-        seeds = SEEDS if name == "random" else (0,)
+        seeds = SEEDS if name == "random" or "drawn" in name else (0,)
         for keep in keeps:
             evict = f"evict{{{options},keep={keep:g},{_SIDES}}}"
             yield Method(name, f"fuse,{evict}", keep, keep, seeds)

@@ -6,11 +6,11 @@ import numpy as np
 import planish
 import pytest
 import torch
-import transformers
 from planish.ir.decoder_facts import DecoderFacts
 from planish.ir.errors import InputError, ModelError
 from planish.runtime.generate.genai import genai_config
 from planish.runtime.generate.runner import Runner
+from small_decoders import small_decoder
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
@@ -18,19 +18,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 
 @pytest.fixture(scope="module")
 def module():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_decoder()
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ class Selection:
         future: positions that the next queries are expected at.
         rescoring: what is made of the scores before tokens are chosen.
         merges: values of evicted tokens are averaged into those that stay.
-        seed: of random scores.
+        seed: of random scores, and of tokens that are drawn.
     """
 
     policy: Policy
@@ -224,7 +224,8 @@ class CompanionBuilder:
         least = max(chosen.tokens, chosen.sinks + chosen.recent, 1)
         count = self._call(build, COUNT, [score, self._seen], {"share": float(plan.share), "least": [least]})
         if chosen.rescoring != "none":
-            score = self._call(build, RESCORE[chosen.rescoring], [score, keys, count], {})
+            seed = {"seed": self._seed(layer)} if chosen.rescoring == "drawn" else {}
+            score = self._call(build, RESCORE[chosen.rescoring], [score, keys, count], seed)
         sides = {"sinks": chosen.sinks, "recent": chosen.recent}
         kept = self._call(build, KEPT, [score, count], sides)
         for cache, present in zip(stored, (layer.present_key, layer.present_value), strict=True):
@@ -292,8 +293,11 @@ class CompanionBuilder:
             side = self._selection.kernel // 2
             attributes |= {"kernel": [self._selection.kernel], "pads": [side, side]}
         if policy.seeded:
-            attributes["seed"] = float(self._selection.seed + plan.layer.index)
+            attributes["seed"] = self._seed(plan.layer)
         return self._call(build, policy.definition, inputs, attributes)
+
+    def _seed(self, layer: CachedLayer) -> float:
+        return float(self._selection.seed + layer.index)
 
     def _queries(self, build: GraphBuilder, layer: CachedLayer, heads: int) -> ir.Value:
         """[batch, heads, count, size], from an input [batch, count, heads · size]."""

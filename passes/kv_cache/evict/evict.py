@@ -73,7 +73,8 @@ class Evict(Pass):
         window: of how many last tokens a policy reads the queries; 0 for the policy's own number.
         kernel: neighbours that snapkv averages scores over; odd.
         future: positions at which expected-attention expects the next queries.
-        rescore: what is made of the scores before tokens are chosen: none, graphkv or kvcrush.
+        rescore: what is made of the scores before tokens are chosen: none, graphkv, kvcrush, or drawn (in
+            proportion to the scores, for policies whose scores are attention).
         merge: average the values of evicted tokens into those of the most similar ones that stay.
         renumber: positions count what is in the cache, and not the text: kept keys are turned back to their
             new places. Texts may then be longer than the model's positions, as in StreamingLLM.
@@ -116,6 +117,12 @@ class Evict(Pass):
             raise PipelineError(f"evict: draws: expected at least 1, found {self.draws}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise PipelineError(f"evict: kernel: expected an odd number, found {self.kernel}")
+        if self.rescore == "drawn" and not POLICIES[self.policy].attention:
+            fitting = ", ".join(policy.name for policy in POLICIES.values() if policy.attention)
+            raise PipelineError(
+                f"evict: tokens are drawn in proportion to attention, and scores of {self.policy} are none",
+                hint=f"take one of {fitting}, or leave rescore out",
+            )
         if self.window and not POLICIES[self.policy].window:
             raise PipelineError(f"evict: the policy {self.policy} reads no queries: leave window out")
 

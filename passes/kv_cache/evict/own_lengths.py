@@ -93,6 +93,7 @@ def _masks(build: GraphBuilder, lengths: ir.Value, ids: ir.Value, layers: int) -
         keys = build.op("Unsqueeze", build.op("Range", zero, build.op("Add", past, new), one), to_row)
         queries = build.op("Unsqueeze", build.op("Add", steps, past), to_column)
         keys.shape, queries.shape = ir.Shape([1, 1, 1, None]), ir.Shape([1, 1, None, 1])
+        keys.type = queries.type = ir.TensorType(ir.DataType.INT64)
         masks.append(build.op("LessOrEqual", keys, queries))
         masks[-1].type, masks[-1].shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1, 1, None, None])
     return masks

@@ -16,6 +16,14 @@ quarter of what stays:
 
     b_t ∈ {0, 1}^heads: the token is in the better half of the head;   d_t = Hamming(b_t, majority of all)
     of the tokens that a head would evict, sorted by d_t, evenly spaced ones stay
+
+``drawn`` draws tokens without replacement, each in proportion to its score, by Gumbel's trick (Kool et al.,
+2019, "Stochastic beams and where to find them", https://arxiv.org/abs/1903.06059):
+
+    s_j ← log s_j − log(−log u_j),   u_j ~ U(0, 1)
+
+The tokens of highest score are not a fair sample: where attention is spread over many tokens, a softmax over
+those alone leaves out what the many others would have added, even if scores were the true future attention.
 """
 
 from __future__ import annotations
@@ -24,8 +32,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ....ir.ops.definition import OpDefinition
+from .policies.random import UNIFORM
 
-Rescoring = Literal["none", "graphkv", "kvcrush"]
+Rescoring = Literal["none", "graphkv", "kvcrush", "drawn"]
 
 _GRAPHKV = """
   last = Constant <value_ints: ints = [-1]> ()
@@ -112,8 +121,24 @@ _KVCRUSH = """
   updates = Expand (highest, chosen_shape)
   rescored = ScatterElements <axis: int = 2> (score, chosen, updates)
 """
+_DRAWN = (
+    UNIFORM
+    + """
+  least = Constant <value_float: float = 1.0e-7> ()
+  most = Constant <value_float: float = 0.9999999> ()
+  smallest = Constant <value_float: float = 1.0e-30> ()
+  inside = Clip (uniform, least, most)
+  log_uniform = Log (inside)
+  exponential = Neg (log_uniform)
+  log_exponential = Log (exponential)
+  positive = Max (score, smallest)
+  log_score = Log (positive)
+  rescored = Sub (log_score, log_exponential)
+"""
+)
 RESCORE: Mapping[Rescoring, OpDefinition] = {
     "graphkv": OpDefinition("Rescore", "graphkv", "(score, keys, kept) => (rescored)", _GRAPHKV),
     "kvcrush": OpDefinition("Rescore", "kvcrush", "(score, keys, kept) => (rescored)", _KVCRUSH),
+    "drawn": OpDefinition("Rescore", "drawn", "<seed> (score, keys, kept) => (rescored)", _DRAWN),
 }
 """By the option's name; none is not among them."""

@@ -6,13 +6,13 @@ import numpy as np
 import planish
 import pytest
 import torch
-import transformers
 from planish.ir import verify
 from planish.ir.errors import PassError, PipelineError
 from planish.passes import Pipeline
 from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.kv_cache import GroupQueries
 from planish.passes.kv_cache.group_queries import balanced_groups
+from small_decoders import small_decoder
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 HEADS, KV_HEADS, SIZE = 8, 4, 8
@@ -21,18 +21,9 @@ IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
 def build(order=None, kind="Llama", **options):
     """A decoder; with an order, heads of keys and values are copies of two, in that order."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        **({"head_dim": SIZE} if kind != "Qwen2" else {}),
-        **options,
-    )
-    module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    sizes = {"hidden_size": 64, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    sizes["head_dim"] = SIZE if kind != "Qwen2" else None
+    module = small_decoder(kind, **sizes, **options)
     with torch.no_grad():
         for layer in module.model.layers:
             for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
@@ -115,18 +106,15 @@ def test_groups_are_equal_and_the_best(seed):
     ],
 )
 def test_what_cannot_be_merged(kind, kv_heads, reason):
-    options = {} if kind == "Llama" else {"pad_token_id": 0}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=64,
+    options = {} if kind == "Llama" else {"pad_token_id": 0, "head_dim": None}
+    module = small_decoder(
+        kind,
         hidden_size=64,
-        intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         **options,
     )
-    module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     model = planish.trace_causal_lm(module)
     with pytest.raises(PassError, match=reason):
         run_pipeline(model, Pipeline.of(["canonicalize", GroupQueries(kv_heads=kv_heads)]), target=TARGET)

@@ -5,7 +5,6 @@ import onnx_ir as ir
 import planish
 import pytest
 import torch
-import transformers
 from planish.ir import clone, verify
 from planish.ir.errors import PassError
 from planish.ir.views.caches import cached_layers
@@ -16,44 +15,11 @@ from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.kv_cache import KVCache, RaiseCache
 from planish.passes.kv_cache.scales import magnitudes, scales
 from planish.passes.rotate import Rotate
-from planish.runtime.calibration import CalibrationData
 from planish.runtime.session import Session
+from small_decoders import KV_HEADS, LAYERS, SIZE
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 PORTABLE = planish.get_target("portable")
-LAYERS, KV_HEADS, SIZE = 2, 2, 8
-
-
-@pytest.fixture(scope="module")
-def canonical():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        head_dim=SIZE,
-    )
-    module = transformers.LlamaForCausalLM(config).eval()
-    return planish.compile(module, "canonicalize", target="portable").model
-
-
-@pytest.fixture(scope="module")
-def fused(canonical):
-    return planish.compile(clone(canonical), "fuse", target="portable").model
-
-
-@pytest.fixture
-def model(fused):
-    return clone(fused)
-
-
-@pytest.fixture(scope="module")
-def calibration(fused):
-    ids = np.random.default_rng(0).integers(0, 64, (32, 24))
-    return CalibrationData.read([{"input_ids": ids}], fused)
 
 
 def apply(model, calibration, *passes):

@@ -5,14 +5,13 @@ import onnx.parser
 import onnx_ir as ir
 import planish
 import pytest
-import torch
-import transformers
 from planish.codegen.target import BoundModel
 from planish.ir import clone, verify
 from planish.ir.errors import InputError, PassError
 from planish.passes.kv_cache import LastLogits
 from planish.runtime.generate import PromptLookup
 from planish.runtime.session import Session
+from small_decoders import traced_llama
 
 X = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
 WEIGHT = "float[4,6] w = {" + ", ".join(str(index / 7) for index in range(24)) + "}"
@@ -69,14 +68,9 @@ def test_others_are_refused(model, message):
 
 
 def test_generation_takes_it():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    graph = planish.trace_causal_lm(transformers.LlamaForCausalLM(config).eval())
     passes = "canonicalize,fuse,raise-cache"
-    whole = planish.compile(clone(graph), passes)
-    last = planish.compile(graph, f"{passes},last-logits")
+    whole = planish.compile(clone(traced_llama()), passes)
+    last = planish.compile(clone(traced_llama()), f"{passes},last-logits")
     prompts = [[1, 2, 3, 4], [5, 6]]
     np.testing.assert_array_equal(last.generate(prompts, 8), whole.generate(prompts, 8))
     with pytest.raises(InputError, match="compile it without last-logits"):

@@ -11,6 +11,7 @@ from planish.passes import Pipeline
 from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.kv_cache import KVCache, ShrinkHeads
 from planish.passes.kv_cache.shrink_heads import important_channels, principal_axes
+from small_decoders import small_decoder
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 HEADS, KV_HEADS, SIZE = 4, 2, 16
@@ -22,18 +23,9 @@ UNUSED = np.array([1, 2, 5, 7])
 
 def build(kind="Llama", **options):
     """A decoder whose keys use half of the pairs, and whose values lie in half of the dimensions."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        **({} if kind in ("Qwen2", "Phi3") else {"head_dim": SIZE}),
-        **options,
-    )
-    module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    sizes = {"hidden_size": 64, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    sizes["head_dim"] = None if kind in ("Qwen2", "Phi3") else SIZE
+    module = small_decoder(kind, **sizes, **options)
     if kind == "Phi3":
         return module
     with torch.no_grad():

@@ -17,25 +17,14 @@ from planish.ir.views.masks import causal_mask
 from planish.passes.kv_cache import KVCache, RaiseCache, Window
 from planish.runtime.generate import PromptLookup
 from planish.runtime.generate.cache import WINDOW_SLACK, CacheSlot
+from small_decoders import SIZES, small_decoder
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 WINDOW, NEW = 8, 100
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
 
 
 def mistral(window=WINDOW, **options):
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(**{**_SIZES, **options}, sliding_window=window)
-    return transformers.MistralForCausalLM(config).eval()
+    return small_decoder("Mistral", sliding_window=window, **options)
 
 
 def wide_mistral():
@@ -44,16 +33,14 @@ def wide_mistral():
 
 def llama():
     """The same weights, without the window."""
-    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES)).eval()
-    module.load_state_dict(mistral().state_dict())
-    return module
+    return small_decoder()
 
 
 def gemma():
     """With a window in the first of two layers."""
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
-        **_SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+        **SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     )
     return transformers.Gemma3ForCausalLM(config).eval()
 

@@ -5,10 +5,10 @@ import planish
 import planish.runtime.generate
 import pytest
 import torch
-import transformers
 from planish.ir.errors import InputError
 from planish.passes.kv_cache import RaiseCache
 from planish.runtime.generate import PromptLookup, Sampling
+from small_decoders import small_decoder
 
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 NEW = 24
@@ -16,18 +16,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def module():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_decoder()
 
 
 @pytest.fixture(scope="module", params=["growing", "in place"])

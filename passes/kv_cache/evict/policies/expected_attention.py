@@ -17,6 +17,7 @@ from .policy import Policy
 EXPECTED_ATTENTION = Policy(
     name="expected-attention",
     expects=True,
+    attention=True,
     body="""
   last = Constant <value_ints: ints = [-1]> ()
   group_axis = Constant <value_ints: ints = [2]> ()

@@ -13,6 +13,7 @@ from .policy import ALL, PROBABILITIES, Policy
 H2O = Policy(
     name="h2o",
     window=ALL,
+    attention=True,
     body=PROBABILITIES
     + """
   queries_axis = Constant <value_ints: ints = [3]> ()

@@ -32,6 +32,7 @@ class Policy:
         pooled: the body reads the attribute ``kernel``, over how many neighbours scores are averaged.
         expects: it reads mean and covariance of coming queries.
         seeded: the body reads the attribute ``seed``.
+        attention: scores are shares of attention, times something positive at most.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Policy:
     pooled: bool = False
     expects: bool = False
     seeded: bool = False
+    attention: bool = False
 
     @property
     def definition(self) -> OpDefinition:

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from .policy import Policy
 
-RANDOM = Policy(
-    name="random",
-    seeded=True,
-    body="""
+UNIFORM = """
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   seed = Constant <value_float: float = @seed> ()
@@ -34,7 +31,9 @@ RANDOM = Policy(
   wide = Mul (waves, spread)
   whole = Floor (wide)
   fraction = Sub (wide, whole)
-  uniform = Cast <to: int = 1> (fraction)
-  score = Reshape (uniform, shape)
-""",
-)
+  numbers_of_tokens = Cast <to: int = 1> (fraction)
+  uniform = Reshape (numbers_of_tokens, shape)
+"""
+"""``uniform`` [batch, kv_heads, length] from ``keys`` and the attribute ``seed``."""
+
+RANDOM = Policy(name="random", seeded=True, body=UNIFORM + "  score = Identity (uniform)\n")

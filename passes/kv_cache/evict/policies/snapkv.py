@@ -14,6 +14,7 @@ SNAPKV = Policy(
     name="snapkv",
     window=32,
     pooled=True,
+    attention=True,
     body=PROBABILITIES
     + """
   heads_and_queries = Constant <value_ints: ints = [2, 3]> ()

@@ -10,6 +10,7 @@ from .policy import PROBABILITIES, Policy
 TOVA = Policy(
     name="tova",
     window=1,
+    attention=True,
     body=PROBABILITIES
     + """
   all_heads = Constant <value_ints: ints = [1, 2, 3]> ()
