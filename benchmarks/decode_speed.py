@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import operator
 import statistics
 import sys
 import time
@@ -54,8 +55,8 @@ SCHEMES: Mapping[str, str] = {
     "W4A16, int4 cache": f"canonicalize,fuse,kv-cache{{bits=4}},{_WEIGHTS},last-logits",
     "W4A8 by channel": f"canonicalize,fuse,{_BY_CHANNEL},raise-cache,last-logits",
 }
-_FAST_PREFILL = ("W4A16", "W4A8 by channel")
-"""Schemes whose prompts are also run by kernels of their own."""
+_TWO_SETS = ("W4A16", "W4A8 by channel")
+"""Schemes that are also run by two sets of kernels: for prompts, and for one token."""
 _RESULTS = Path(__file__).parent / "results" / "decode_speed.md"
 
 
@@ -82,15 +83,16 @@ class Planish:
     Args:
         name: as the table shows it.
         compiled: the model.
+        fast_prefill: with kernels of their own for prompts.
     """
 
-    def __init__(self, name: str, compiled: CompiledModel) -> None:
-        self.name, self.compiled = name, compiled
+    def __init__(self, name: str, compiled: CompiledModel, *, fast_prefill: bool = False) -> None:
+        self.name, self._compiled, self._fast_prefill = name, compiled, fast_prefill
         self._weights = _bytes_read(compiled)
 
     def fill(self, context: int) -> None:
         """Random numbers for a cache: how long a token takes does not depend on them."""
-        self._decoder = self.compiled.decoder(capacity=context + ROOM)
+        self._decoder = self._compiled.decoder(capacity=context + ROOM, fast_prefill=self._fast_prefill)
         rng = np.random.default_rng(0)
         kept = {
             slot.present: (10 * rng.standard_normal((1, slot.heads, context, slot.size))).astype(slot.dtype)
@@ -110,20 +112,17 @@ class Planish:
         self._decoder.truncate(length)
         return seconds
 
-    def first_token(self, prompt: Tokens, *, fast: bool = False) -> float:
-        """By the kernels that decode, or by those for many tokens."""
-        decoder = self.compiled.decoder(capacity=len(prompt) + 1, fast_prefill=fast)
+    def first_token(self, prompt: Tokens) -> float:
+        """Run a prompt [length] with an empty cache: seconds until its first token."""
+        decoder = self._compiled.decoder(capacity=len(prompt) + 1, fast_prefill=self._fast_prefill)
         start = time.perf_counter()
         decoder.forward(prompt[None])[:, -1].argmax(axis=-1)
         return time.perf_counter() - start
 
-
-class FastPrefill(Planish):
-    """A compiled model whose prompts are run by kernels of their own."""
-
-    def first_token(self, prompt: Tokens, *, fast: bool = True) -> float:
-        """See `Planish`."""
-        return super().first_token(prompt, fast=fast)
+    def more_memory(self) -> int:
+        """What its kernels for prompts take, as stated: bytes."""
+        stated = (self._compiled.memory(1, _PROMPT, fast_prefill=fast).total for fast in (True, False))
+        return operator.sub(*stated) if self._fast_prefill else 0
 
 
 def _bytes_read(compiled: CompiledModel) -> int:
@@ -229,65 +228,39 @@ def measure(
     return figures
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefill:
-    """One contender's time to the first token.
-
-    Attributes:
-        seconds: median.
-        memory: bytes by which the process grew for kernels of its own; None without them.
-    """
-
-    seconds: float
-    memory: int | None = None
-
-
-def measure_prefill(contenders: Sequence[Contender], rounds: int) -> dict[str, Prefill]:
-    """All contenders in turns, and those with kernels for prompts besides."""
+def measure_prefill(contenders: Sequence[Contender], rounds: int) -> dict[str, float]:
+    """Seconds to the first token, all contenders in turns."""
     prompt = np.random.default_rng(0).integers(3, VOCABULARY, _PROMPT)
-    running = list(contenders)
-    grown: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
-        if isinstance(contender, Planish) and contender.name.removeprefix("planish ") in _FAST_PREFILL:
-            fast = FastPrefill(f"{contender.name}, own kernels for prompts", contender.compiled)
-            before = resident()
-            fast.first_token(prompt)
-            grown[fast.name] = resident() - before
-            running.append(fast)
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in running}
-    for contender in running:
         contender.first_token(prompt)
     for _ in range(rounds):
-        for contender in running:
+        for contender in contenders:
             time.sleep(_PAUSE)
             seconds[contender.name].append(contender.first_token(prompt))
-    return {
-        name: Prefill(seconds=statistics.median(times), memory=grown.get(name))
-        for name, times in seconds.items()
-    }
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def resident(name: str = "VmRSS") -> int:
-    """Of this process, in bytes: now, or at its peak (``VmHWM``)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def prefill_lines(found: Mapping[str, Prefill]) -> list[str]:
+def prefill_lines(contenders: Sequence[Contender], found: Mapping[str, float]) -> list[str]:
     """Markdown."""
     return [
         "## Time to the first token",
         "",
-        f"A prompt of {_PROMPT} tokens, with an empty cache.",
+        f"A prompt of {_PROMPT} tokens, with an empty cache; what kernels of their own for prompts take, as "
+        "`memory` states it.",
         "",
         "| | ms | more memory, MB |",
         "|---|---|---|",
         *(
-            f"| {name} | {1000 * one.seconds:.0f} | {one.memory / 1e6 if one.memory else 0:.0f} |"
-            for name, one in found.items()
+            f"| {one.name} | {1000 * found[one.name]:.0f} | {_more_memory(one) / 1e6:.0f} |"
+            for one in contenders
         ),
         "",
     ]
+
+
+def _more_memory(contender: Contender) -> int:
+    return contender.more_memory() if isinstance(contender, Planish) else 0
 
 
 def lines(found: Mapping[int, Mapping[str, Figure]], limit: float, machine: str) -> list[str]:
@@ -321,7 +294,10 @@ def contenders_of(arguments: argparse.Namespace, source: transformers.LlamaForCa
     graph = traced(source)
     for name, passes in SCHEMES.items():
         if arguments.only in name:
-            found.append(Planish(f"planish {name}", compiled(graph, passes)))
+            model = compiled(graph, passes)
+            found.append(Planish(f"planish {name}", model))
+            if name in _TWO_SETS:
+                found.append(Planish(f"planish {name}, two sets of kernels", model, fast_prefill=True))
     if arguments.peers is not None:
         sys.path.append(str(arguments.peers))
         found += peers(source, arguments.output)
@@ -361,7 +337,7 @@ def main() -> None:
         console.print(f"[dim]{context}: {found[context]}[/dim]")
     prefill = measure_prefill(contenders, arguments.bursts)
     console.print(f"[dim]{prefill}[/dim]")
-    text = "\n".join([*lines(found, limit, processor()), *prefill_lines(prefill)])
+    text = "\n".join([*lines(found, limit, processor()), *prefill_lines(contenders, prefill)])
     if arguments.only or tuple(arguments.contexts) != CONTEXTS or arguments.peers is None:
         print(text)
     else:

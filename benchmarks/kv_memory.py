@@ -30,8 +30,10 @@ from sentence_embeddings import processor
 LENGTHS = (1024, 4096)
 _NEW = 32
 _CHUNK = 256
-SCHEMES = ("float32", "W4A16", "W4A16, int8 cache", "W4A16, int4 cache")
+SCHEMES = ("float32", "W4A16", "W4A16, int8 cache", "W4A16, int4 cache", "W4A8 by channel")
 """Of `decode_speed`."""
+_FAST_PREFILL = "W4A8 by channel"
+"""The scheme that is saved with kernels of their own for prompts, too."""
 _WINDOW = (
     "canonicalize,fuse,quantize{scheme=W4A16,group_size=128,ignore=[],algorithm=rtn},"
     "evict{policy=recent,keep=0,tokens=1024,sinks=4,recent=1020,renumber=true},last-logits"
@@ -60,7 +62,7 @@ class Measured:
 
 def run(folder: Path, length: int, new: int, every: int) -> Measured:
     """Open a folder and generate behind a prompt, in this process."""
-    before = decode_speed.resident()
+    before = resident()
     compiled = planish.CompiledModel.open(folder)
     prompt = np.random.default_rng(0).integers(0, decode_speed.VOCABULARY, (1, length - new))
     samples: list[int] = []
@@ -70,18 +72,25 @@ def run(folder: Path, length: int, new: int, every: int) -> Measured:
         nonlocal count
         count += 1
         if count % 1000 == 0:
-            samples.append(decode_speed.resident())
+            samples.append(resident())
 
-    decoder = compiled.decoder(capacity=length)
+    fast = compiled.has_fast_prefill
+    decoder = compiled.decoder(capacity=length, fast_prefill=fast)
     compiled.generate(prompt, new, decoder=decoder, chunk=_CHUNK, evict_every=every, stream=look)
-    stated = compiled.memory(1, length, chunk=_CHUNK)
+    stated = compiled.memory(1, length, chunk=_CHUNK, fast_prefill=fast)
     return Measured(
         stated=stated.total,
-        peak=decode_speed.resident("VmHWM") - before,
+        peak=resident("VmHWM") - before,
         cache=decoder.cache.bytes,
         stated_per_token=stated.bytes_per_token,
         samples=tuple(samples),
     )
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Of this process, in bytes: now, or at its peak (``VmHWM``)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def in_process(folder: Path, length: int, new: int, every: int = 0) -> Measured:
@@ -115,14 +124,15 @@ def lines(found: dict[str, dict[int, Measured]]) -> list[str]:
 
 def long_lines(one: Measured, new: int) -> list[str]:
     """Of the long run."""
-    samples = [sample / 1e6 for sample in one.samples]
+    series = ", ".join(f"{sample / 1e6:,.0f}" for sample in one.samples)
     return [
         "## A long run",
         "",
-        f"{new:,} tokens in a window of 1,024 (4 sinks), renumbered, evicted every 256 tokens: resident "
-        f"memory after each 1,000 tokens is between {min(samples):,.0f} and {max(samples):,.0f} MB; after "
-        f"the first {samples[0]:,.0f}, after the last {samples[-1]:,.0f}. The cache's buffers take "
-        f"{one.cache / 1e6:,.1f} MB.",
+        f"{new:,} tokens in a window of 1,024 (4 sinks), renumbered, evicted every 256 tokens. The cache's "
+        f"buffers take {one.cache / 1e6:,.1f} MB. Resident memory of the process after each 1,000 tokens, in "
+        "MB:",
+        "",
+        series,
         "",
     ]
 
@@ -144,9 +154,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for scheme in SCHEMES:
             folder = Path(name) / "decoder"
-            decode_speed.compiled(graph, decode_speed.SCHEMES[scheme]).save(folder)
-            found[scheme] = {length: in_process(folder, length, _NEW) for length in LENGTHS}
-            console.print(f"[dim]{scheme}: {found[scheme]}[/dim]")
+            compiled = decode_speed.compiled(graph, decode_speed.SCHEMES[scheme])
+            for fast in (False, True) if scheme == _FAST_PREFILL else (False,):
+                compiled.save(folder, fast_prefill=fast)
+                title = f"{scheme}, two sets of kernels" if fast else scheme
+                found[title] = {length: in_process(folder, length, _NEW) for length in LENGTHS}
+                console.print(f"[dim]{title}: {found[title]}[/dim]")
+            del compiled
         text = lines(found)
         if arguments.long:
             folder = Path(name) / "window"

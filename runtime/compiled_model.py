@@ -193,8 +193,9 @@ class CompiledModel:
             batch: sequences.
             capacity: tokens that it has room for, prompts and answers together.
             fast_prefill: run prompts by kernels that were chosen for many tokens at a time, as int8 ones for
-                weights of 4 bits. This takes the memory of a second set of weights, and the prompt's
-                numbers may differ in the last bits, as between any two kernels.
+                weights of 4 bits, and what follows by kernels chosen for one, instead of all by kernels that
+                are a compromise. This takes the memory of a second set of weights, and numbers may differ
+                in the last bits, as between any two kernels.
 
         Raises:
             InputError: the model has no cache, or was saved without kernels for prompts.
@@ -203,8 +204,8 @@ class CompiledModel:
         if self.eviction is not None:
             eviction = Eviction(self._eviction_session, self.eviction)
         return Decoder(
-            self.session,
-            self.bound.model,
+            self._token_session if fast_prefill else self.session,
+            self._token_bound.model if fast_prefill else self.bound.model,
             batch=batch,
             capacity=capacity,
             eviction=eviction,
@@ -216,12 +217,24 @@ class CompiledModel:
         """Whether there are kernels of their own for prompts: not in files that were saved without them."""
         return self._path is None or prefill_file(self._path) is not None
 
+    def _bound_for(self, rows: int) -> BoundModel:
+        bound = self.target.for_rows(rows).bind(self.model)
+        note_session_options(bound)
+        return bound
+
+    @functools.cached_property
+    def _token_bound(self) -> BoundModel:
+        """For one token at a time, where prompts have kernels of their own."""
+        return self._bound_for(1) if self._path is None else self.bound
+
+    @functools.cached_property
+    def _token_session(self) -> Session:
+        return Session(self._token_bound, target=self.target)
+
     @functools.cached_property
     def _prefill_bound(self) -> BoundModel:
         if self._path is None:
-            bound = self.target.for_rows(_PROMPT_ROWS).bind(self.model)
-            note_session_options(bound)
-            return bound
+            return self._bound_for(_PROMPT_ROWS)
         file = prefill_file(self._path)
         if file is None:
             raise InputError(
@@ -248,8 +261,9 @@ class CompiledModel:
         Raises:
             InputError: the model has no cache, or was saved without kernels for prompts.
         """
+        bound = self._token_bound if fast_prefill else self.bound
         prefill = self._prefill_bound.model if fast_prefill else None
-        return memory(self.bound.model, batch=batch, length=length, chunk=chunk, prefill=prefill)
+        return memory(bound.model, batch=batch, length=length, chunk=chunk, prefill=prefill)
 
     @functools.cached_property
     def _eviction_session(self) -> Session:
@@ -272,8 +286,8 @@ class CompiledModel:
             path: ``….onnx`` for one file. Everything else is a folder, made if it is not there, with
                 ``model.onnx``, and for decoders traced from transformers ``genai_config.json``.
             tokenizer: for a folder, a tokenizer of transformers or a folder with its files.
-            fast_prefill: for a decoder's folder, write the kernels for prompts (see `decoder`) beside it, as
-                ``prefill.onnx``: about as large again.
+            fast_prefill: for a decoder's folder, write the kernels for prompts (see `decoder`) beside those
+                for one token, as ``prefill.onnx``: about as large again.
             external_data: write the weights to a second file; None: only if they are too large for one.
 
         Returns:
@@ -305,7 +319,7 @@ class CompiledModel:
         if fast_prefill:
             cache_slots(self.bound.model)  # Only what has a cache has prompts.
         save_folder(
-            self.bound,
+            self._token_bound if fast_prefill else self.bound,
             path,
             eviction=self.eviction,
             prefill=self._prefill_bound if fast_prefill else None,
