@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_warnings_of_onnx_ir(caplog):
-    """onnx_ir logs what a user would see on the screen, such as values whose shape is known, but not the type."""
+    """Its log is what a user would see, such as values whose shape is known and type is not."""
     yield
     records = [*caplog.get_records("setup"), *caplog.get_records("call")]
     found = [

@@ -30,7 +30,15 @@ from ...ir.views import Linear
 from ...ir.views.attention import AttentionBlock, attentions
 from ...ir.views.values import static_dim
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
-from .projections import change_columns, change_rows, constant, path_to, reason_not_to_change, set_reshape
+from .projections import (
+    change_columns,
+    change_rows,
+    chosen,
+    constant,
+    path_to,
+    reason_not_to_change,
+    set_reshape,
+)
 
 Array = npt.NDArray[Any]
 Heads = npt.NDArray[np.int64]
@@ -46,6 +54,8 @@ class GroupQueries(Pass):
 
     Attributes:
         kv_heads: that stay in each layer; must divide the number that there are.
+        layers: numbers of the layers whose heads are merged, from 0; empty for all. Several of these passes,
+            one behind the other, give layers numbers of heads of their own.
         grouping: which heads are merged: neighbours, or similar ones.
     """
 
@@ -55,6 +65,7 @@ class GroupQueries(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FUSED, Fact.QUANTIZED})
 
     kv_heads: int = 1
+    layers: tuple[int, ...] = ()
     grouping: Literal["neighbours", "similar"] = "similar"
 
     def __post_init__(self) -> None:
@@ -65,7 +76,7 @@ class GroupQueries(Pass):
         """Rewrite ``model`` in place."""
         covered: list[AttentionBlock] = []
         skipped = []
-        for block in ctx.progress(attentions(model), "merge heads"):
+        for block in ctx.progress(chosen(attentions(model), self.layers, self.name), "merge heads"):
             reason = self._reason_not_to(block)
             if reason is None:
                 self._merge(block, ctx)

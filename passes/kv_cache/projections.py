@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ...ir.errors import PassError
 from ...ir.views import Linear
 from ...ir.views.attention import AttentionBlock
 from ...ir.views.values import is_constant, static_shape
@@ -19,6 +20,18 @@ Change = Callable[[Array], Array]
 """Of columns: [any, out] → [any, new out]."""
 LAYOUT = ("Reshape", "Transpose")
 """Ops that lay a projection's output out as heads."""
+
+
+def chosen(blocks: Sequence[AttentionBlock], layers: Sequence[int], name: str) -> list[AttentionBlock]:
+    """Those at the given places, counted from 0; all for no places.
+
+    Raises:
+        PassError: there is no such place; says the pass's name.
+    """
+    wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
+    if wrong:
+        raise PassError(f"{name}: layers: expected numbers from 0 to {len(blocks) - 1}, found {wrong}")
+    return [block for index, block in enumerate(blocks) if not layers or index in layers]
 
 
 def reason_not_to_change(block: AttentionBlock) -> str | None:

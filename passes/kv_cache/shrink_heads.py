@@ -37,6 +37,7 @@ from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, P
 from .projections import (
     change_columns,
     change_rows,
+    chosen,
     constant,
     is_layout_only,
     path_to,
@@ -57,6 +58,8 @@ class ShrinkHeads(Pass):
 
     Attributes:
         keep: share of the numbers of a head that stay, rounded to a multiple of 8.
+        layers: numbers of the layers that are shrunk, from 0; empty for all. Several of these passes, one
+            behind the other, give layers sizes of their own.
     """
 
     name: ClassVar[str] = "shrink-heads"
@@ -65,6 +68,7 @@ class ShrinkHeads(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.FUSED, Fact.QUANTIZED})
 
     keep: float = 0.5
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
@@ -72,7 +76,7 @@ class ShrinkHeads(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Rewrite ``model`` in place."""
-        blocks = attentions(model)
+        blocks = chosen(attentions(model), self.layers, self.name)
         reasons = [self._reason_not_to(block) for block in blocks]
         covered = [block for block, reason in zip(blocks, reasons, strict=True) if reason is None]
         skipped = [

@@ -64,12 +64,11 @@ def _split(model: ir.Model, layer: CachedLayer, groups: Groups, first: int) -> N
         graph.outputs.extend(new.outputs[1:])
         parts.append(new.outputs[0])
     merged = build.op("Concat", *parts, axis=-1)
+    merged.type, merged.shape = node.outputs[0].type, node.outputs[0].shape
     order = np.concatenate([np.asarray(heads) for heads in groups])
     if (np.diff(order) < 0).any():
-        merged.shape = node.outputs[0].shape
         queries = _queries_of(np.argsort(order), layer)
         merged = _heads(build, merged, queries, integer(node, "q_num_heads") or 1, "back")
-    merged.type, merged.shape = node.outputs[0].type, node.outputs[0].shape
     for value in build.initializers:
         graph.register_initializer(value)
     graph.insert_before(node, build.nodes)

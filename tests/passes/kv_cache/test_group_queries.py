@@ -120,6 +120,15 @@ def test_what_cannot_be_merged(kind, kv_heads, reason):
         run_pipeline(model, Pipeline.of(["canonicalize", GroupQueries(kv_heads=kv_heads)]), target=TARGET)
 
 
+def test_layers_may_have_numbers_of_their_own():
+    model = planish.compile(
+        build(), "canonicalize,group-queries{kv_heads=2,layers=[0]},fuse,raise-cache", target=TARGET
+    )
+    heads = [value.shape[1] for value in model.model.graph.inputs if value.name.endswith(".key")]
+    assert heads == [2, KV_HEADS]
+    assert model.generate(IDS, 4).shape == (2, 13)
+
+
 def test_no_heads_at_all():
     with pytest.raises(PipelineError, match="expected 1 or more"):
         GroupQueries(kv_heads=0)

@@ -45,6 +45,11 @@ def build(kind="Llama", **options):
     return module
 
 
+@pytest.fixture(scope="module")
+def traced():
+    return planish.trace_causal_lm(build())
+
+
 def logits(compiled):
     return compiled.decoder(batch=len(IDS), capacity=IDS.shape[1]).forward(IDS)
 
@@ -66,6 +71,25 @@ def test_what_is_not_used_is_not_missed(kind):
         "GroupQueryAttention"
     }
     np.testing.assert_array_equal(compiled.generate(IDS[:1], 12), whole.generate(IDS[:1], 12))
+
+
+def test_layers_may_have_sizes_of_their_own(tmp_path):
+    """And are generated with, quantised and from a folder, whose memory is the sum of theirs."""
+    passes = "canonicalize,shrink-heads{keep=0.5,layers=[1]},fuse,kv-cache"
+    compiled = planish.compile(build(), passes, target=TARGET, calibration=DATA)
+    sizes = [value.shape[3] for value in compiled.model.graph.inputs if value.name.endswith(".key")]
+    assert sizes == [SIZE, SIZE // 2]
+    assert compiled.memory(1, 32).bytes_per_token == 2 * KV_HEADS * (SIZE + SIZE // 2)
+    compiled.save(tmp_path / "decoder")
+    opened = planish.CompiledModel.open(tmp_path / "decoder", target=TARGET)
+    np.testing.assert_array_equal(opened.generate(IDS[:1], 8), compiled.generate(IDS[:1], 8))
+
+
+def test_layers_that_there_are_not(traced):
+    with pytest.raises(PassError, match=r"expected numbers from 0 to 1, found \[2\]"):
+        planish.compile(
+            clone(traced), "canonicalize,shrink-heads{layers=[0,2]}", target="portable", calibration=DATA
+        )
 
 
 def test_a_cache_of_fewer_numbers_can_be_quantised():
@@ -128,8 +152,8 @@ def test_what_cannot_be_shrunk(kind, options, passes, reason):
         planish.compile(build(kind, **options), f"canonicalize,{passes}", target="portable", calibration=DATA)
 
 
-def test_it_needs_data():
-    model = planish.trace_causal_lm(build())
+def test_it_needs_data(traced):
+    model = clone(traced)
     with pytest.raises(InputError, match="needs calibration data"):
         run_pipeline(model, Pipeline.of("canonicalize,shrink-heads"), target=TARGET)
 
