@@ -6,7 +6,8 @@ numbers), and then all of them generate bursts of tokens in turns; after each bu
 contender's figure is the median of its bursts. The time to the first token is that of a prompt of 512 tokens
 and one token behind it, again in turns.
 
-    python benchmarks/decode_speed.py --peers FOLDER            # writes results/decode_speed.md
+    python benchmarks/decode_speed.py --peers FOLDER            # writes decode_speed.md and first_token.md
+    python benchmarks/decode_speed.py --peers FOLDER --prompts  # only the second
     python benchmarks/decode_speed.py --contexts 128 --bursts 3 --only W4A16
 
 The peers are given the same weights: onnxruntime-genai by its own builder (int4, groups of 128), llama.cpp in
@@ -58,6 +59,7 @@ SCHEMES: Mapping[str, str] = {
 _TWO_SETS = ("W4A16", "W4A8 by channel")
 """Schemes that are also run by two sets of kernels: for prompts, and for one token."""
 _RESULTS = Path(__file__).parent / "results" / "decode_speed.md"
+_FIRST_TOKEN = _RESULTS.with_name("first_token.md")
 
 
 class Contender(Protocol):
@@ -241,13 +243,14 @@ def measure_prefill(contenders: Sequence[Contender], rounds: int) -> dict[str, f
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def prefill_lines(contenders: Sequence[Contender], found: Mapping[str, float]) -> list[str]:
+def prefill_lines(contenders: Sequence[Contender], found: Mapping[str, float], machine: str) -> list[str]:
     """Markdown."""
     return [
-        "## Time to the first token",
+        "# Time to the first token",
         "",
-        f"A prompt of {_PROMPT} tokens, with an empty cache; what kernels of their own for prompts take, as "
-        "`memory` states it.",
+        f"A prompt of {_PROMPT} tokens with an empty cache; the model of decode_speed.md on {machine}. What "
+        "kernels of their own for prompts take is as `memory` states it. Written by "
+        "`benchmarks/decode_speed.py`.",
         "",
         "| | ms | more memory, MB |",
         "|---|---|---|",
@@ -322,6 +325,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
     parser.add_argument("--bursts", type=int, default=9, help="of each contender")
     parser.add_argument("--tokens", type=int, default=16, help="of a burst")
+    parser.add_argument("--prompts", action="store_true", help="only the time to the first token")
     parser.add_argument("--only", default="", help="planish's schemes whose name contains this")
     parser.add_argument("--output", type=Path, default=Path("demo-output/decode-speed"), help="work folder")
     arguments = parser.parse_args()
@@ -330,18 +334,21 @@ def main() -> None:
     contenders = contenders_of(arguments, module())
     limit = bandwidth()
     found = {}
-    for context in arguments.contexts:
+    for context in () if arguments.prompts else arguments.contexts:
         found[context] = measure(
             contenders, context, bursts=arguments.bursts, tokens=arguments.tokens, limit=limit
         )
         console.print(f"[dim]{context}: {found[context]}[/dim]")
     prefill = measure_prefill(contenders, arguments.bursts)
     console.print(f"[dim]{prefill}[/dim]")
-    text = "\n".join([*lines(found, limit, processor()), *prefill_lines(contenders, prefill)])
-    if arguments.only or tuple(arguments.contexts) != CONTEXTS or arguments.peers is None:
-        print(text)
-    else:
-        _RESULTS.write_text(text)
+    texts = {_FIRST_TOKEN: "\n".join(prefill_lines(contenders, prefill, processor()))}
+    if not arguments.prompts:
+        texts[_RESULTS] = "\n".join(lines(found, limit, processor()))
+    for path, text in texts.items():
+        if arguments.only or tuple(arguments.contexts) != CONTEXTS or arguments.peers is None:
+            print(text)
+        else:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

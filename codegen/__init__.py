@@ -10,8 +10,9 @@ from .linear_format import LinearFormat
 from .onnxruntime_cpu import OnnxruntimeCpu
 from .portable import Portable
 from .target import Binding, BoundModel, Target
+from .torch_fx.target import Torch
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu)}
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu, Torch)}
 
 __all__ = ["TARGETS", "Binding", "BoundModel", "LinearFormat", "Target", "get_target"]
 

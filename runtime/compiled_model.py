@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from ..codegen import get_target
 from ..codegen.target import BoundModel, Target
@@ -19,6 +20,7 @@ from ..ir.companions import EVICTION, companions_of
 from ..ir.errors import InputError
 from ..ir.signature import Signature, flatten_inputs, unflatten_outputs
 from .calibration.data import completed
+from .executor import Executor, open_executor
 from .folder import MODEL_FILE, save_folder
 from .generate import Decoder, Eviction, Generation, generate
 from .generate.cache import cache_slots
@@ -26,7 +28,7 @@ from .generate.memory import Memory, memory
 from .generate.prompts import prompts
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
 from .saved import note_session_options, prefill_file, read_prefill, read_saved
-from .session import Session
+from .torch_session import TorchSession
 
 Array = np.ndarray[Any, Any]
 
@@ -93,9 +95,23 @@ class CompiledModel:
         return opened
 
     @functools.cached_property
-    def session(self) -> Session:
-        """The onnxruntime session, created at the first use."""
-        return Session(self.bound, target=self.target)
+    def session(self) -> Executor:
+        """What runs the model, a session of onnxruntime or a module of torch; created at the first use."""
+        return open_executor(self.bound, self.target)
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The model as a module of torch, which takes and gives tensors by keyword and by name.
+
+        Raises:
+            InputError: the target is not torch.
+        """
+        if not isinstance(self.session, TorchSession):
+            raise InputError(
+                f"a model for the target {self.target.name} is no module of torch",
+                hint='compile it with target="torch"',
+            )
+        return self.session.module
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -126,8 +142,7 @@ class CompiledModel:
             tensors: Mapping[str, torch.Tensor] = flatten_inputs(self.signature, args, kwargs)
         else:
             tensors = self._name_arguments(args, kwargs)
-        feeds = {name: torch.as_tensor(tensor).detach().cpu().numpy() for name, tensor in tensors.items()}
-        outputs = self.session.run_torch(completed(feeds, self.bound.model))
+        outputs = self._run_tensors({name: torch.as_tensor(tensor) for name, tensor in tensors.items()})
         if self.eviction is not None:
             # Of these queries an eviction reads: the module has no such outputs.
             for value in self.eviction.graph.inputs:
@@ -135,6 +150,16 @@ class CompiledModel:
         if self.signature is None:
             return outputs
         return unflatten_outputs(self.signature, list(outputs.values()))
+
+    def _run_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        session = self.session
+        if isinstance(session, TorchSession) and tensors.keys() == set(self.input_names):
+            return session.run_torch(tensors)  # They stay on their device, and gradients flow.
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        feeds = completed(arrays, self.bound.model)
+        if isinstance(session, TorchSession):
+            return session.run_torch({**feeds, **tensors})
+        return session.run_torch(feeds)
 
     def _name_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.input_names):
@@ -228,8 +253,8 @@ class CompiledModel:
         return self._bound_for(1) if self._path is None else self.bound
 
     @functools.cached_property
-    def _token_session(self) -> Session:
-        return Session(self._token_bound, target=self.target)
+    def _token_session(self) -> Executor:
+        return open_executor(self._token_bound, self.target)
 
     @functools.cached_property
     def _prefill_bound(self) -> BoundModel:
@@ -244,8 +269,8 @@ class CompiledModel:
         return read_prefill(file)
 
     @functools.cached_property
-    def _prefill_session(self) -> Session:
-        return Session(self._prefill_bound, target=self.target)
+    def _prefill_session(self) -> Executor:
+        return open_executor(self._prefill_bound, self.target)
 
     def memory(
         self, batch: int = 1, length: int = 2048, *, chunk: int = 512, fast_prefill: bool = False
@@ -266,9 +291,9 @@ class CompiledModel:
         return memory(bound.model, batch=batch, length=length, chunk=chunk, prefill=prefill)
 
     @functools.cached_property
-    def _eviction_session(self) -> Session:
+    def _eviction_session(self) -> Executor:
         assert self.eviction is not None
-        return Session(BoundModel(model=self.eviction), target=self.target)
+        return open_executor(BoundModel(model=self.eviction), self.target)
 
     def save(
         self,

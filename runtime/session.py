@@ -90,6 +90,25 @@ class Session:
             ) from error
         return {name: _as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
 
+    def value(self, array: Array) -> onnxruntime.OrtValue:
+        """A copy of an array where onnxruntime keeps its own."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def run_values(
+        self, given: Mapping[str, Array | onnxruntime.OrtValue]
+    ) -> dict[str, onnxruntime.OrtValue]:
+        """Run once; arrays and values in, values out, without copies; onnxruntime's own errors."""
+        binding = self._session.io_binding()
+        for name, value in given.items():
+            if isinstance(value, onnxruntime.OrtValue):
+                binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name in self.output_names:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self.output_names, binding.get_outputs(), strict=True))
+
     def io_binding(self) -> onnxruntime.IOBinding:
         """A new binding of inputs and outputs to memory, for `run_with_binding`."""
         return self._session.io_binding()

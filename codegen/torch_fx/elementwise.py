@@ -56,6 +56,11 @@ def variadic_mean(*operands: Tensor) -> Tensor:
     return variadic_sum(*operands) / len(operands)
 
 
+def bit_shift(x: Tensor, bits: Tensor, *, direction: str) -> Tensor:
+    """Shift unsigned integers LEFT or RIGHT; what falls out is lost."""
+    return torch.bitwise_left_shift(x, bits) if direction == "LEFT" else torch.bitwise_right_shift(x, bits)
+
+
 def cast(x: Tensor, *, to: torch.dtype, saturate: int = 1) -> Tensor:
     """Convert; floats to integers towards zero. ``saturate`` only matters for 8-bit floats."""
     del saturate
@@ -128,6 +133,7 @@ OPS = standard(
         "Asinh": torch.asinh,
         "Atan": torch.atan,
         "Atanh": torch.atanh,
+        "BitShift": bit_shift,
         "BitwiseAnd": torch.bitwise_and,
         "BitwiseNot": torch.bitwise_not,
         "BitwiseOr": torch.bitwise_or,

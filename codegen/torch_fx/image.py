@@ -20,6 +20,7 @@ _INTERPOLATIONS = {
     ("linear", "align_corners"): "corners",
 }
 """(mode, coordinate transformation) that torch has too."""
+_AVERAGE_POOLS: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _MAX_POOLS: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
@@ -64,6 +65,36 @@ def max_pool(
     x = F.pad(x, amounts, value=-math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min)
     pool = _MAX_POOLS[rank - 1]
     return pool(x, list(kernel_shape), stride, dilation=dilation, ceil_mode=bool(ceil_mode))
+
+
+def average_pool(
+    x: Tensor,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """The mean of each window, over its real elements, or with the padding's zeros.
+
+    Raises:
+        TargetError: the window is dilated.
+    """
+    rank = len(kernel_shape)
+    if any(step != 1 for step in dilations or []):
+        raise TargetError(f"torch-fx: AveragePool with dilations {list(dilations or [])} is not lowered")
+    stride = list(strides or [1] * rank)
+    amounts = _padding(x.shape[2:], kernel_shape, stride, pads, auto_pad)
+    counted = F.pad(torch.ones_like(x[:1, :1]), amounts, value=float(count_include_pad))
+    pool = _AVERAGE_POOLS[rank - 1]
+    means, shares = (
+        pool(values, list(kernel_shape), stride, ceil_mode=bool(ceil_mode))
+        for values in (F.pad(x, amounts), counted)
+    )
+    return means / shares
 
 
 def global_average_pool(x: Tensor) -> Tensor:
@@ -138,6 +169,7 @@ def _resized(x: Tensor, scales: Tensor | None, sizes: Integers | None) -> list[i
 
 OPS = standard(
     {
+        "AveragePool": average_pool,
         "Conv": conv,
         "GlobalAveragePool": global_average_pool,
         "MaxPool": max_pool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import keyword
 import operator
 import re
@@ -38,6 +39,7 @@ INPUTS_KEY = "planish.inputs"
 """``GraphModule.meta``: graph-input name to the name of the argument of ``forward``."""
 
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"})
+_MADE_IN_PLACE = frozenset({"Constant", "Identity"})
 _LONGEST_LIST = 64
 """Constants of shape operands up to this size are written into the graph as numbers."""
 
@@ -81,6 +83,29 @@ def lower(
     lowered = _inline(model, registry)
     builder = _Builder(lowered.graph, registry, dtype, torch.device(device), frozenset(trainable))
     return builder.build()
+
+
+def check_lowered(model: ir.Model, ops: Registry | None = None) -> None:
+    """Refuse a graph with an op that neither is lowered nor has a body.
+
+    Raises:
+        TargetError: the op, which names the node.
+    """
+    registry = {**OPS, **(ops or {})}
+    bodies = [body for key, body in model.functions.items() if key[:2] not in registry]
+    for node in itertools.chain(model.graph.all_nodes(), *bodies):
+        if node.op_type not in _MADE_IN_PLACE and node.op_identifier() not in model.functions:
+            _entry(node, registry)
+
+
+def _entry(node: ir.Node, registry: Registry) -> Lowering:
+    entry = registry.get((node.domain, node.op_type))
+    if entry is None:
+        raise TargetError(
+            f"torch-fx: node {node.name!r} is {_op_name((node.domain, node.op_type))}, which is not lowered",
+            hint="lowered are " + ", ".join(sorted(_op_name(key) for key in registry)),
+        )
+    return entry
 
 
 def run(module: fx.GraphModule, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,13 +198,7 @@ class _Builder:
         if node.domain == "" and node.op_type == "Identity":
             self._values[node.outputs[0]] = self._operand(node, 0)
             return
-        entry = self._registry.get((node.domain, node.op_type))
-        if entry is None:
-            raise TargetError(
-                f"torch-fx: node {node.name!r} is {_op_name((node.domain, node.op_type))}, "
-                "which is not lowered",
-                hint="lowered are " + ", ".join(sorted(_op_name(key) for key in self._registry)),
-            )
+        entry = _entry(node, self._registry)
         arguments = [self._argument(node, index, entry) for index in range(len(node.inputs))]
         while arguments and arguments[-1] is None:
             arguments.pop()

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 
 from ...ir.errors import InputError
 from ...ir.views.values import integer, static_dim
+from ..executor import Executor, Value
 
 _IN_PLACE = "GroupQueryAttention"
 _PAST = "past_key_values."
@@ -109,6 +109,7 @@ class Cache:
 
     Args:
         slots: of the model.
+        executor: what runs it, and keeps the buffers.
         batch: sequences.
         capacity: tokens that buffers have room for; those of windows are shorter.
 
@@ -118,11 +119,12 @@ class Cache:
         buffers: by name of the past.
     """
 
-    def __init__(self, slots: list[CacheSlot], *, batch: int, capacity: int) -> None:
+    def __init__(self, slots: list[CacheSlot], executor: Executor, *, batch: int, capacity: int) -> None:
         self.slots = slots
+        self._executor = executor
         self._batch = batch
         self.lengths = np.zeros(1 + max(slot.layer for slot in slots), np.int64)
-        self.buffers: dict[str, onnxruntime.OrtValue] = {}
+        self.buffers: dict[str, Value] = {}
         # How long the buffers in place are: asking onnxruntime for it takes its time.
         self._capacities: dict[str, int] = {}
         self.clear(capacity)
@@ -168,10 +170,10 @@ class Cache:
     def _fill(self, slot: CacheSlot, kept: npt.NDArray[np.generic], capacity: int) -> None:
         array = np.zeros((self._batch, slot.heads, capacity, slot.size), slot.dtype)
         array[:, :, : kept.shape[2]] = kept
-        self.buffers[slot.past] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        self.buffers[slot.past] = self._executor.value(array)
         self._capacities[slot.past] = capacity
 
-    def appended(self, new: int, outputs: Mapping[str, onnxruntime.OrtValue]) -> None:
+    def appended(self, new: int, outputs: Mapping[str, Value]) -> None:
         """Note that a run appended tokens; caches that grow are taken from its outputs."""
         self.lengths += new
         for slot in self.slots:
@@ -184,7 +186,7 @@ class Cache:
         for slot in self.slots:
             if not slot.in_place and count:
                 kept = self.buffers[slot.past].numpy()[:, :, : self.lengths[slot.layer]]
-                self.buffers[slot.past] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(kept))
+                self.buffers[slot.past] = self._executor.value(kept)
 
     def clear(self, capacity: int) -> None:
         """Forget everything and make room for ``capacity`` tokens."""
@@ -193,7 +195,7 @@ class Cache:
             nothing = np.zeros((self._batch, slot.heads, 0, slot.size), slot.dtype)
             self._fill(slot, nothing, slot.capacity(capacity) if slot.in_place else 0)
 
-    def replace(self, kept: Mapping[str, onnxruntime.OrtValue], *, room: int) -> None:
+    def replace(self, kept: Mapping[str, Value], *, room: int) -> None:
         """Hold other tokens: ``kept``, by name of the present, with room for more behind them."""
         for slot in self.slots:
             value = kept[slot.present]

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 
 from ...ir.errors import InputError
 from ...ir.views.caches import LENGTHS
-from ..session import Session, first_line
+from ..executor import Executor
+from ..session import first_line
 from .cache import Cache, cache_slots
 from .eviction import Eviction
 from .limits import Limits
-from .runner import Runner
+from .runner import runner_of
 from .text import Text
 
 Tokens = npt.NDArray[np.int64]
@@ -46,23 +46,23 @@ class Decoder:
 
     def __init__(
         self,
-        session: Session,
+        session: Executor,
         model: ir.Model,
         *,
         batch: int,
         capacity: int,
         eviction: Eviction | None = None,
-        prefill: Session | None = None,
+        prefill: Executor | None = None,
     ) -> None:
-        self._eviction = eviction
+        self._session, self._eviction = session, eviction
         self._evicted_at, self._observes = 0, True
         self.batch, self.capacity = batch, capacity
         self.limits = Limits.of(model)
-        self.cache = Cache(cache_slots(model), batch=batch, capacity=capacity)
+        self.cache = Cache(cache_slots(model), session, batch=batch, capacity=capacity)
         self._text = Text(batch)
         self._seen = np.zeros((batch, 1), np.int64)
-        self._runner = Runner(session, self.cache, batch=batch)
-        self._prefill = None if prefill is None else Runner(prefill, self.cache, batch=batch)
+        self._runner = runner_of(session, self.cache, batch=batch)
+        self._prefill = None if prefill is None else runner_of(prefill, self.cache, batch=batch)
 
     @property
     def length(self) -> int:
@@ -170,7 +170,7 @@ class Decoder:
                     f"{list(kept[slot.present].shape)} {kept[slot.present].dtype}"
                 )
         self.truncate(0)
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in kept.items()}
+        values = {name: self._session.value(array) for name, array in kept.items()}
         self.cache.replace(values, room=self.capacity - ids.shape[1])
         self._text.append(ids, np.ones_like(ids))
         self._seen = self._seen + ids.shape[1]

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 
 from ...ir.views.caches import LENGTHS
-from ..session import Session
+from ..executor import Executor, Value
 from .cache import Cache
 
 _QUERY = "query."
@@ -34,14 +33,14 @@ class Eviction:
         renumbers: positions of new tokens go on behind what is in the cache.
     """
 
-    def __init__(self, session: Session, model: ir.Model) -> None:
+    def __init__(self, session: Executor, model: ir.Model) -> None:
         self._session = session
         self._window = int(model.metadata_props.get(WINDOW_KEY, "0"))
         self._names = [argument.name for argument in session.inputs if argument.name.startswith(_QUERY)]
         self.renumbers = RENUMBERS_KEY in model.metadata_props
         self._queries: dict[str, Array] = {}
 
-    def observe(self, outputs: Mapping[str, onnxruntime.OrtValue]) -> None:
+    def observe(self, outputs: Mapping[str, Value]) -> None:
         """Keep the queries of a run that the next eviction reads."""
         for name in self._names:
             new = outputs[name].numpy()
@@ -61,16 +60,7 @@ class Eviction:
             seen: tokens of the text so far.
             room: tokens that it is to have room for afterwards.
         """
-        binding = self._session.io_binding()
         given = {LENGTHS: cache.lengths.copy(), SEEN: np.array(seen, np.int64), **self._queries}
-        for name, array in given.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for slot in cache.slots:
-            binding.bind_ortvalue_input(slot.past, cache.buffers[slot.past])
-        for name in self._session.output_names:
-            binding.bind_output(name)
-        self._session.run_with_binding(binding)
-        kept = dict(zip(self._session.output_names, binding.get_outputs(), strict=True))
-        cache.replace(kept, room=room)
+        cache.replace(self._session.run_values({**given, **cache.buffers}), room=room)
         if self._window < 0:
             self.forget()

@@ -2,7 +2,8 @@
 
     weights      bytes of all initializers
     copies       those that onnxruntime holds besides: packed ones of the weights of its products, in its
-                 kernels' own layout, and plain ones of all other weights that it does not read in place
+                 kernels' own layout, what it widens weights to (Cast) when it loads them, and plain ones of
+                 all other weights that it does not read in place
     loading      weights + plain copies of all that are not read in place + the largest that is packed: plain
                  copies are made first, and go when they are packed
     cache        Σ over layers and parts of  batch · heads · tokens · size · bytes; of windows, their buffers'
@@ -119,10 +120,12 @@ def _weights(model: ir.Model) -> tuple[int, int, int]:
     held = plain = largest = 0
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     for value in values:
-        packed = sum(_packed(node, value) for node in value.consumers())
+        widened = [node.outputs[0] for node in value.consumers() if node.op_type == "Cast"]
+        wide = sum(_size(other) for other in widened)
+        packed = sum(_packed(node, read) for read in (value, *widened) for node in read.consumers())
         copied = 0 if is_read_in_place(value) else _size(value)
-        held += packed or copied
-        plain += copied
+        held += wide + packed if wide else packed or copied
+        plain += copied + wide
         largest = max(largest, packed)
     total = sum(_size(value) for value in values)
     return total, held, total + plain + largest
@@ -136,7 +139,8 @@ def _besides(other: ir.Model, model: ir.Model) -> int:
 
 
 def _size(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.nbytes
+    """Of a weight, or of what is computed from one alone."""
+    return _bytes(value, {}) if value.const_value is None else value.const_value.nbytes
 
 
 def _packed(node: ir.Node, value: ir.Value) -> int:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import onnxruntime
 
 from ...ir.errors import InputError
+from ..executor import Executor
 from ..session import Session, first_line
+from ..torch_session import TorchSession, TorchValue
 from .cache import Cache
 
 Tokens = npt.NDArray[np.int64]
@@ -24,7 +26,7 @@ _IDS = "input_ids"
 
 
 class Runner:
-    """Runs a decoder's session on a cache.
+    """Runs a decoder's session of onnxruntime on a cache.
 
     Args:
         session: of the bound model.
@@ -87,6 +89,34 @@ class Runner:
             for name, buffer in buffers.items():
                 self._binding.bind_ortvalue_output(name, buffer)
         self._bound_to_buffers = buffers is not None
+
+
+class PlainRunner:
+    """Runs a decoder whose caches grow, without anything that is bound.
+
+    Args:
+        executor: of the bound model.
+        cache: what is in it goes in, and what comes out is in it next.
+    """
+
+    def __init__(self, executor: TorchSession, cache: Cache) -> None:
+        self._executor, self._cache = executor, cache
+        self.inputs = {argument.name for argument in executor.inputs}
+
+    def rebind(self) -> None:
+        """Nothing is bound."""
+
+    def run(self, given: Mapping[str, Tokens]) -> Mapping[str, TorchValue]:
+        """See `Runner.run`."""
+        tokens = {name: array for name, array in given.items() if name in self.inputs}
+        return self._executor.run_values({**tokens, **self._cache.buffers})
+
+
+def runner_of(executor: Executor, cache: Cache, *, batch: int) -> Runner | PlainRunner:
+    """What runs a decoder on a cache."""
+    if isinstance(executor, TorchSession):
+        return PlainRunner(executor, cache)
+    return Runner(executor, cache, batch=batch)
 
 
 def _buffers(session: Session, names: list[str], batch: int) -> Outputs | None:

@@ -31,7 +31,14 @@ REFUSED = re.compile(
     r"|resize.*(cubic|antialias|axes|crop|symmetric|nearest|scales_linear|pytorch_half)|resize.*(larger|smaller)"
 )
 """Cases that may be refused, by a `TargetError`; any other must agree."""
-NO_CASES = {"ConcatFromSequence", "MaxPool", "SequenceAt", "SequenceConstruct", "LayerNormalization"}
+NO_CASES = {
+    "AveragePool",
+    "ConcatFromSequence",
+    "MaxPool",
+    "SequenceAt",
+    "SequenceConstruct",
+    "LayerNormalization",
+}
 """Ops whose cases are slow, need further outputs or hold sequences: tested below."""
 OPSET = 23
 NATIVE = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8"})
@@ -116,6 +123,12 @@ def model_of(text: str) -> ir.Model:
 
 
 SINGLE = {
+    "average pool of real elements": "m (float[2, 3, 7, 9] x) => (float[2, 3, m, n] y) "
+    "{ y = AveragePool <kernel_shape = [3, 2], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1> (x) }",
+    "average pool with the padding": "m (float[2, 3, 9] x) => (float[2, 3, m] y) "
+    "{ y = AveragePool <kernel_shape = [5], pads = [2, 2], count_include_pad = 1> (x) }",
+    "average pool, same": "m (float[2, 3, 7, 9] x) => (float[2, 3, m, n] y) "
+    '{ y = AveragePool <kernel_shape = [3, 2], strides = [2, 2], auto_pad = "SAME_UPPER"> (x) }',
     "max pool, ceil mode": "m (float[2, 3, 7, 9] x) => (float[2, 3, m, n] y) "
     "{ y = MaxPool <kernel_shape = [3, 2], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1> (x) }",
     "max pool, same": "m (float[2, 3, 7, 9] x) => (float[2, 3, m, n] y) "

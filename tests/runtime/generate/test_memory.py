@@ -1,5 +1,6 @@
 """Memory as computed: each part against what it is the size of."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,7 +14,7 @@ BATCH, LENGTH, CHUNK = 2, 40, 16
 
 
 def decoder(*, bits: int = 32, window: int = 0) -> ir.Model:
-    """Embedding, one attention in place, and a head, of float or of four bits in one block."""
+    """Embedding, one attention in place, and a head: of float, of four bits, or of four widened to eight."""
     generator = np.random.default_rng(0)
 
     def constant(name, array):
@@ -45,6 +46,17 @@ def decoder(*, bits: int = 32, window: int = 0) -> ir.Model:
     if bits == 32:
         weights = [constant("head", generator.standard_normal((HIDDEN, VOCABULARY)).astype(np.float32))]
         nodes.append(ir.node("MatMul", [nodes[2].outputs[0], *weights]))
+    elif bits == 8:
+        stored = ir.Tensor(
+            np.zeros((HIDDEN, VOCABULARY), ml_dtypes.int4), dtype=ir.DataType.INT4, name="head"
+        )
+        weights = [ir.val("head", const_value=stored, dtype=ir.DataType.INT4)]
+        nodes.append(ir.node("Cast", weights, {"to": ir.DataType.INT8}))
+        nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.INT8)
+        nodes[-1].outputs[0].shape = ir.Shape([HIDDEN, VOCABULARY])
+        nodes.append(
+            ir.node("DynamicQuantizeMatMul", [nodes[2].outputs[0], nodes[-1].outputs[0]], domain=CONTRIB)
+        )
     else:
         weights = [
             constant("head", np.zeros((VOCABULARY, 8, 16), np.uint8)),
@@ -83,6 +95,14 @@ def test_weights_of_contrib_kernels_are_read_in_place_and_packed_with_their_scal
     assert found.weights == TABLE + NARROW + PACKED_HEAD + SCALES
     assert found.copies == TABLE + NARROW + PACKED_HEAD + 2 * SCALES
     assert found.loading == found.weights + TABLE + NARROW + max(NARROW, PACKED_HEAD + 2 * SCALES)
+
+
+def test_weights_that_are_widened_are_held_widened_and_packed():
+    found = memory(decoder(bits=8), batch=BATCH, length=LENGTH, chunk=CHUNK)
+    wide = HIDDEN * VOCABULARY
+    assert found.weights == TABLE + NARROW + wide // 2
+    assert found.copies == TABLE + NARROW + 2 * wide
+    assert found.loading == found.weights + TABLE + NARROW + wide // 2 + wide + wide
 
 
 @pytest.mark.parametrize(("window", "kept"), [(0, 500), (128, 192)])

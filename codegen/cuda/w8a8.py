@@ -1,0 +1,218 @@
+"""int8 activations times int8 or int4 weights: how weights are packed, which kernel runs them, its meaning.
+
+    y[M, N] = Σ_g (Σ_{k in g} x[M, k] · w[k, N]) · x_scale[M] · scale[g, N] (+ bias[N])
+
+The kernel (`kernels/w8a8.cu`) reads weights in slabs of 32 rows and 64 columns. Lane 4 c + t of a slab has,
+of each of the columns 8 j + c, the rows 4 t … 4 t + 3 and 16 + 4 t … 16 + 4 t + 3, which are what that lane
+feeds to the tensor cores: four bytes and four bytes, or the low and the high halves of four bytes. Weights of
+4 bits reach them as 16 times their value; their scales are divided by 16 here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .hardware import Gpu
+from .kernel import ELEMENTS, Kernel, Launch, Launcher
+
+Tensor = torch.Tensor
+
+TILE_K, SLAB_ROWS, SLAB_COLUMNS = 128, 32, 64
+_WARPS_N, _STAGES = 4, 3
+BLOCK_COLUMNS = SLAB_COLUMNS * _WARPS_N
+_THREADS = 32 * _WARPS_N
+_SHIFTED_BY_FOUR = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight as the kernel reads it.
+
+    Attributes:
+        weights: [K' / 32, N' / 64, chunks, 32, 4] int32.
+        scales: [groups, N'] float32.
+        rows, columns: K and N, not padded.
+        group_size: rows that share a scale, a multiple of 32; 0 for all.
+        bits: 8 or 4.
+    """
+
+    weights: Tensor
+    scales: Tensor
+    rows: int
+    columns: int
+    group_size: int
+    bits: int
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        return self.weights.nbytes + self.scales.nbytes
+
+
+def pack(integers: Tensor, scales: Tensor, *, group_size: int, bits: int) -> PackedWeight:
+    """Lay out a weight for the kernel.
+
+    Args:
+        integers: [K, N] int8, −128 … 127, or −8 … 7 for 4 bits.
+        scales: [groups, N] float32.
+        group_size: rows that share a scale, a multiple of 32; 0 for one group.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: shapes or sizes that do not go together.
+    """
+    rows, columns = integers.shape
+    groups = 1 if not group_size else -(-rows // group_size)
+    if bits not in (4, 8) or group_size % SLAB_ROWS or tuple(scales.shape) != (groups, columns):
+        raise ValueError(
+            f"expected scales [{groups}, {columns}], found {list(scales.shape)}, "
+            f"groups of {group_size}, {bits} bits"
+        )
+    padded_rows, padded_columns = _up(rows, TILE_K), _up(columns, BLOCK_COLUMNS)
+    padded = torch.nn.functional.pad(integers, (0, padded_columns - columns, 0, padded_rows - rows))
+    factor = _SHIFTED_BY_FOUR if bits == 4 else 1.0
+    more_groups = 0 if not group_size else -(-padded_rows // group_size) - groups
+    return PackedWeight(
+        _pack_integers(padded, bits),
+        torch.nn.functional.pad(scales.float() / factor, (0, padded_columns - columns, 0, more_groups)),
+        rows,
+        columns,
+        group_size,
+        bits,
+    )
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _by_lanes(integers: Tensor) -> Tensor:
+    """[K' / 32, N' / 64, 32 lanes, 8 tiles, 2 halves, 4 bytes] of [K', N']."""
+    rows, columns = integers.shape
+    # Rows: half, t, byte; columns: tile, c.
+    split = integers.view(rows // SLAB_ROWS, 2, 4, 4, columns // SLAB_COLUMNS, 8, 8)
+    return split.permute(0, 4, 6, 2, 5, 1, 3).flatten(2, 3)
+
+
+def _pack_integers(integers: Tensor, bits: int) -> Tensor:
+    lanes = _by_lanes(integers.to(torch.int16))
+    if bits == 4:
+        lanes = ((lanes[..., 0, :] & 15) | ((lanes[..., 1, :] & 15) << 4)).unsqueeze(-2)
+    data = (lanes & 255).to(torch.uint8).flatten(3)
+    # Chunks of 16 bytes, those of all lanes side by side.
+    chunks = data.view(*data.shape[:3], -1, 16).transpose(2, 3).contiguous()
+    return chunks.view(torch.int32)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The integers [K, N] int8."""
+    data = packed.weights.view(torch.uint8).transpose(2, 3).contiguous().view(torch.int8)
+    down, across = packed.weights.shape[:2]
+    if packed.bits == 8:
+        lanes = data.view(down, across, 32, 8, 2, 4)
+    else:
+        both = data.view(down, across, 32, 8, 1, 4).to(torch.int16)
+        low, high = (both << 12 >> 12), both >> 4
+        lanes = torch.cat([(low + 8) % 16 - 8, high], dim=-2).to(torch.int8)
+    split = lanes.view(down, across, 8, 4, 8, 2, 4).permute(0, 5, 3, 6, 1, 4, 2)
+    return split.reshape(down * SLAB_ROWS, across * SLAB_COLUMNS)[: packed.rows, : packed.columns]
+
+
+def reference(
+    x: Tensor, x_scales: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product [M, N] by plain torch: exact sums over groups, and float64 over them, rounded once."""
+    repeats = packed.group_size or packed.rows
+    weight = unpack(packed).double()
+    factor = _SHIFTED_BY_FOUR if packed.bits == 4 else 1.0
+    product = torch.zeros(len(x), packed.columns, dtype=torch.float64, device=x.device)
+    for group, start in enumerate(range(0, packed.rows, repeats)):
+        part = slice(start, start + repeats)
+        scales = packed.scales[group, : packed.columns].double() * factor
+        product += x[:, part].double() @ weight[part] * scales
+    product *= x_scales[:, None].double()
+    return (product if bias is None else product + bias.double()).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """Why no kernel runs a product: it is run by dequantising first."""
+
+    reason: str
+
+
+def plan(
+    m: int, n: int, k: int, *, group_size: int, bits: int, dtype: torch.dtype, bias: bool, gpu: Gpu
+) -> Launch | Fallback:
+    """Choose tiles for one shape.
+
+    Args:
+        m, n, k: sizes of the product, not padded.
+        group_size: rows that share a scale; 0 for all.
+        bits: of weights.
+        dtype: of the result.
+        bias: whether there is one.
+        gpu: where it runs.
+    """
+    reason = _reason_not_to(m, n, k, group_size, dtype, gpu)
+    if reason:
+        return Fallback(reason)
+    # Groups need a second set of sums, for which there are no registers beside those of 64 rows.
+    tile_m = 16 if m <= 16 else 32 if m <= 32 or group_size else 64
+    kernel = Kernel(
+        "w8a8",
+        (
+            ("ELEMENT", ELEMENTS[dtype]),
+            ("ELEMENT_IS_FLOAT", int(dtype == torch.float32)),
+            ("WEIGHT_BITS", bits),
+            ("TILE_M", tile_m),
+            ("WARPS_N", _WARPS_N),
+            ("STAGES", _STAGES),
+            ("GROUP", group_size),
+            ("BIAS", int(bias)),
+        ),
+    )
+    grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), 1)
+    return Launch(kernel, grid, _THREADS, shared_bytes(tile_m, bits))
+
+
+def _reason_not_to(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
+    if dtype not in ELEMENTS:
+        return f"the result is {dtype}: the kernel gives float16, bfloat16 and float32"
+    if gpu.capability < (8, 0):
+        return f"the GPU has capability {gpu.capability[0]}.{gpu.capability[1]}: the kernel needs 8.0"
+    if group_size % SLAB_ROWS:
+        return f"groups of {group_size} rows: the kernel takes multiples of {SLAB_ROWS}"
+    if n % 2 or k % 16:
+        return f"a weight [{k}, {n}]: the kernel copies 16 integers at a time, and stores two numbers"
+    if k * 128 * 128 >= 2**31:
+        return f"{k} products of int8 do not fit in 32 bits"
+    if not m:
+        return "no rows"
+    needed = shared_bytes(64, 8)
+    if needed > gpu.shared_bytes:
+        return f"{needed} bytes of shared memory, and the GPU has {gpu.shared_bytes}"
+    return ""
+
+
+def shared_bytes(tile_m: int, bits: int) -> int:
+    """Of a block: its stages."""
+    return _STAGES * (tile_m * TILE_K + TILE_K * BLOCK_COLUMNS * bits // 8)
+
+
+def run(
+    launch: Launch,
+    launcher: Launcher,
+    x: Tensor,
+    x_scales: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product [M, N] of x [M, K] int8, contiguous, with scales [M] float32."""
+    y = torch.empty(len(x), packed.columns, dtype=dtype, device=x.device)
+    sizes = [len(x), packed.columns, packed.rows, packed.scales.shape[1]]
+    launcher.launch(launch, [x, x_scales, packed.weights, packed.scales, bias, y, *sizes])
+    return y

@@ -1,0 +1,23 @@
+"""What runs a bound model: onnxruntime, or torch."""
+
+from __future__ import annotations
+
+import onnxruntime
+
+from ..codegen.target import BoundModel, Target
+from ..codegen.torch_fx.target import Torch
+from .session import Session
+from .torch_session import TorchSession, TorchValue
+
+Executor = Session | TorchSession
+Value = onnxruntime.OrtValue | TorchValue
+"""An array where its executor keeps it."""
+
+
+def open_executor(bound: BoundModel, target: Target) -> Executor:
+    """Ready to run.
+
+    Raises:
+        TargetError: onnxruntime or torch cannot run the model.
+    """
+    return TorchSession(bound, target) if isinstance(target, Torch) else Session(bound, target=target)
