@@ -55,6 +55,8 @@ def test_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "planish/compiler.py" in names
     assert "planish/py.typed" in names
+    assert "planish/codegen/cuda/kernels/w4a16.cu" in names
+    assert "planish/codegen/cuda/kernels/primitives.cuh" in names
     assert not [name for name in names if name.startswith(("planish/tests", "planish/benchmarks"))]
 
 
