@@ -22,7 +22,7 @@ from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher
 Tensor = torch.Tensor
 Norm = Literal["none", "rms", "layer"]
 
-_NORMS: tuple[Norm, ...] = ("none", "rms", "layer")
+NORMS: tuple[Norm, ...] = ("none", "rms", "layer")
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _MOST_THREADS = 1024
 _NUMBERS_OF_A_THREAD = 8
@@ -87,7 +87,7 @@ def normalize(
     quantization: Quantization | None,
 ) -> Rows:
     """The norm of rows x [M, N], contiguous; with ``none`` they are only quantised."""
-    constants = {"NORM": _NORMS.index(kind)}
+    constants = {"NORM": NORMS.index(kind)}
     launch = _launch("normalize", x.shape[1], x.dtype, len(x), 1, quantization, constants)
     return _run(launcher, launch, x, x.shape[1], quantization, [x, weight, bias], [float(epsilon)])
 

@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from ...ir import clone
 from ...ir.shapes import infer_shapes
+from ...ir.views.values import integer
 from ..session import is_read_in_place
 from .cache import cache_slots
 
@@ -120,9 +121,14 @@ def _weights(model: ir.Model) -> tuple[int, int, int]:
     held = plain = largest = 0
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     for value in values:
-        widened = [node.outputs[0] for node in value.consumers() if node.op_type == "Cast"]
-        wide = sum(_size(other) for other in widened)
-        packed = sum(_packed(node, read) for read in (value, *widened) for node in read.consumers())
+        casts = [node for node in value.consumers() if node.op_type == "Cast"]
+        wide = sum(_widened(node, value) for node in casts)
+        packed = sum(_packed(node, value, _size(value)) for node in value.consumers())
+        packed += sum(
+            _packed(reader, node.outputs[0], _widened(node, value))
+            for node in casts
+            for reader in node.outputs[0].consumers()
+        )
         copied = 0 if is_read_in_place(value) else _size(value)
         held += wide + packed if wide else packed or copied
         plain += copied + wide
@@ -132,23 +138,28 @@ def _weights(model: ir.Model) -> tuple[int, int, int]:
 
 
 def _besides(other: ir.Model, model: ir.Model) -> int:
-    """Bytes that another binding of a model adds: weights that are not the same arrays, and copies."""
+    """Bytes that another session adds: weights that are not the same arrays, copies, and its own."""
     known = {id(value.const_value) for value in model.graph.initializers.values()}
     own = [value for value in other.graph.initializers.values() if id(value.const_value) not in known]
-    return sum(_size(value) for value in own) + _weights(other)[1]
+    return sum(_size(value) for value in own) + _weights(other)[1] + _RUNTIME
 
 
 def _size(value: ir.Value) -> int:
-    """Of a weight, or of what is computed from one alone."""
-    return _bytes(value, {}) if value.const_value is None else value.const_value.nbytes
+    return 0 if value.const_value is None else value.const_value.nbytes
 
 
-def _packed(node: ir.Node, value: ir.Value) -> int:
-    """Bytes that a reader of a weight keeps of it in a layout of its own."""
+def _widened(cast: ir.Node, value: ir.Value) -> int:
+    """Bytes of a weight in the type that it is cast to."""
+    wide = ir.DataType(integer(cast, "to") or 0)
+    return 0 if value.const_value is None else value.const_value.size * wide.bitwidth // 8
+
+
+def _packed(node: ir.Node, value: ir.Value, size: int) -> int:
+    """Bytes that a reader of a weight of this size keeps of it in a layout of its own."""
     if node.op_type not in _PACKS or node.inputs[1] is not value:
         return 0
     scales = node.inputs[2] if node.op_type == _SCALED else None
-    return _size(value) + (0 if scales is None else 2 * _size(scales))
+    return size + (0 if scales is None else 2 * _size(scales))
 
 
 def _activations(model: ir.Model, sizes: Mapping[str, int], elsewhere: set[str]) -> int:

@@ -52,8 +52,6 @@ def decoder(*, bits: int = 32, window: int = 0) -> ir.Model:
         )
         weights = [ir.val("head", const_value=stored, dtype=ir.DataType.INT4)]
         nodes.append(ir.node("Cast", weights, {"to": ir.DataType.INT8}))
-        nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.INT8)
-        nodes[-1].outputs[0].shape = ir.Shape([HIDDEN, VOCABULARY])
         nodes.append(
             ir.node("DynamicQuantizeMatMul", [nodes[2].outputs[0], nodes[-1].outputs[0]], domain=CONTRIB)
         )
@@ -127,5 +125,5 @@ def test_other_kernels_for_prompts_add_the_weights_that_are_their_own():
         other.graph.initializers[name].const_value = model.graph.initializers[name].const_value
     alone = memory(model, batch=BATCH, length=LENGTH, chunk=CHUNK)
     both = memory(model, batch=BATCH, length=LENGTH, chunk=CHUNK, prefill=other)
-    assert both.prefill == HEAD + TABLE + NARROW + HEAD
+    assert both.prefill == HEAD + TABLE + NARROW + HEAD + 20_000_000  # and what a session takes
     assert both.total >= alone.total + both.prefill

@@ -1,0 +1,45 @@
+"""What our CUDA kernels take of each architecture: registers, spills, shared memory. Needs no GPU.
+
+python benchmarks/cuda_resources.py          # writes results/cuda_resources.md
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from planish.codegen.cuda.compile import compiled, compiler_version
+from planish.codegen.cuda.hardware import GPUS
+from planish.codegen.cuda.variants import ARCHITECTURES, variants
+
+_RESULTS = Path(__file__).parent / "results" / "cuda_resources.md"
+
+
+def main() -> None:
+    """Compile and write."""
+    lines = [
+        "# Resources of CUDA kernels",
+        "",
+        f"Compiled by NVRTC {compiler_version()}; registers of a thread, and spilled bytes where there "
+        "are any. Plans are for an H100, 1, 32 and 512 rows and a weight of 4,096 × 4,096. Written "
+        "by `benchmarks/cuda_resources.py`; nothing was run on a GPU.",
+        "",
+        f"| kernel | threads | shared KB | {' | '.join(ARCHITECTURES)} |",
+        "|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for launch in variants(GPUS["H100"]):
+        cells = []
+        for architecture in ARCHITECTURES:
+            found = compiled(launch.kernel, architecture).resources
+            spilled = f" ({found.spilled_bytes} spilled)" if found.spilled_bytes else ""
+            cells.append(f"{found.registers}{spilled}")
+        constants = ", ".join(f"{name}={value}" for name, value in launch.kernel.constants)
+        lines.append(
+            f"| `{launch.kernel.name}` {constants} | {launch.threads} | {launch.shared_bytes / 1024:.1f} "
+            f"| {' | '.join(cells)} |"
+        )
+        print(lines[-1], flush=True)
+    _RESULTS.write_text("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Every kind of kernel that plans choose, for common shapes: what is checked and listed ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from . import rows, w4a16, w8a8
+from .hardware import Gpu
+from .kernel import Argument, Launch
+from .rows import Quantization
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
+_WIDTH, _DEPTH = 4096, 4096
+_ROWS = (1, 32, 512)
+_FACTOR = 28
+
+
+class Recorder:
+    """A launcher that only notes what would be launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def launch(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        """Note it."""
+        del arguments
+        self.launches.append(launch)
+
+
+def variants(gpu: Gpu) -> list[Launch]:
+    """One launch for each."""
+    found = [*_products(gpu), *_rows()]
+    return list({launch.kernel: launch for launch in found}.values())
+
+
+def _products(gpu: Gpu) -> Iterator[Launch]:
+    for m in _ROWS:
+        for dtype in (torch.float16, torch.bfloat16):
+            for group_size, shifted in ((0, False), (32, True), (128, False), (128, True)):
+                plan = w4a16.plan(
+                    m,
+                    _WIDTH,
+                    _DEPTH,
+                    group_size=group_size,
+                    dtype=dtype,
+                    shifted=shifted,
+                    bias=shifted,
+                    gpu=gpu,
+                )
+                assert isinstance(plan, w4a16.Plan)
+                yield plan.product
+                if plan.addition is not None:
+                    yield plan.addition
+        for bits, group_size in ((8, 0), (4, 0), (4, 64)):
+            launch = w8a8.plan(
+                m,
+                _WIDTH,
+                _DEPTH,
+                group_size=group_size,
+                bits=bits,
+                dtype=torch.float16,
+                bias=True,
+                gpu=gpu,
+            )
+            assert isinstance(launch, Launch)
+            yield launch
+
+
+def _rows() -> list[Launch]:
+    recorder = Recorder()
+    x = torch.empty(1, _WIDTH, dtype=torch.float16)
+    signs = torch.empty(_FACTOR, dtype=torch.int64)
+    for quantization in (None, Quantization()):
+        for kind in rows.NORMS:
+            rows.normalize(recorder, x, x[0], x[0], kind=kind, epsilon=1e-5, quantization=quantization)
+        rows.swiglu(recorder, x, quantization=quantization)
+        rows.transform(recorder, x, None, scale=1.0, quantization=quantization)
+        wide = x[:, : _FACTOR * 128].contiguous()
+        rows.transform(recorder, wide, signs, scale=1.0, quantization=quantization)
+    return recorder.launches
