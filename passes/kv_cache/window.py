@@ -88,7 +88,7 @@ def _narrowed(model: ir.Model, mask: ir.Value, seen: CausalMask, width: int, bef
     build = GraphBuilder(f"planish.window.{mask.name}")
     back = build.constant(np.array(width, np.int64), "width")
     bound = build.op("Sub", seen.queries, back)
-    bound.shape = seen.queries.shape
+    bound.type, bound.shape = ir.TensorType(ir.DataType.INT64), seen.queries.shape
     found = build.op("And", mask, build.op("Greater", seen.keys, bound))
     found.type, found.shape = mask.type, mask.shape
     for value in build.initializers:

@@ -8,6 +8,14 @@ from planish.runtime.calibration import CalibrationData
 from small_decoders import VOCABULARY, small_decoder, traced_llama
 
 
+@pytest.fixture(autouse=True)
+def _no_warnings_of_onnx_ir(caplog):
+    """Its log is what a user would see, such as values whose shape is known and type is not."""
+    yield
+    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    assert not [record.getMessage() for record in records if record.name.startswith("onnx_ir")]
+
+
 @pytest.fixture(scope="module")
 def module():
     return small_decoder()
