@@ -17,24 +17,7 @@ typedef unsigned long long uint64_t;
 #define DEVICE __device__ __forceinline__
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
-// 16-bit floats, as bits.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-template <class T>
-struct Is;
-template <>
-struct Is<Half> {
-  static constexpr bool bfloat = false;
-};
-template <>
-struct Is<BFloat> {
-  static constexpr bool bfloat = true;
-};
+#include "types.cuh"
 
 DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -7,23 +7,7 @@
 #define DEVICE inline
 #define SHARED_MEMORY(name) unsigned char* name = simulator::self().block->shared
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-template <class T>
-struct Is;
-template <>
-struct Is<Half> {
-  static constexpr bool bfloat = false;
-};
-template <>
-struct Is<BFloat> {
-  static constexpr bool bfloat = true;
-};
+#include "types.cuh"
 
 // ------------------------------------------------------------------------------------------------- numbers
 
