@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import onnxruntime
+import torch
 
 from ..codegen.target import BoundModel, Target
 from ..codegen.torch_fx.target import Torch
-from .session import Session
+from .session import Session, as_tensor
 from .torch_session import TorchSession, TorchValue
 
 Executor = Session | TorchSession
@@ -21,3 +22,8 @@ def open_executor(bound: BoundModel, target: Target) -> Executor:
         TargetError: onnxruntime or torch cannot run the model.
     """
     return TorchSession(bound, target) if isinstance(target, Torch) else Session(bound, target=target)
+
+
+def tensor_of(value: Value) -> torch.Tensor:
+    """The memory of a value, to read and to write, as long as the value lives."""
+    return value.tensor if isinstance(value, TorchValue) else as_tensor(value)

@@ -88,7 +88,7 @@ class Session:
             raise InputError(
                 f"onnxruntime could not run the model on inputs {shapes}: {first_line(error)}"
             ) from error
-        return {name: _as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
+        return {name: as_tensor(value) for name, value in zip(self.output_names, outputs, strict=True)}
 
     def value(self, array: Array) -> onnxruntime.OrtValue:
         """A copy of an array where onnxruntime keeps its own."""
@@ -228,7 +228,8 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-def _as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
+def as_tensor(value: onnxruntime.OrtValue) -> torch.Tensor:
+    """A value's own memory as a tensor."""
     tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
     # DLPack as onnxruntime writes it has no boolean type and hands over the bytes.
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor

@@ -18,17 +18,19 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from ...ir.errors import InputError
 from ...ir.views.values import integer, static_dim
-from ..executor import Executor, Value
+from ..executor import Executor, Value, tensor_of
 
 _IN_PLACE = "GroupQueryAttention"
 _PAST = "past_key_values."
 WINDOW_SLACK = 64
 """Tokens that a window's buffer holds besides the window, so that tokens are moved seldom."""
+_SPARE = 1.25
+"""How many times as long as it has to be a buffer may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +166,23 @@ class Cache:
         for slot in self.slots:
             length = int(self.lengths[slot.layer])
             if slot.in_place and not slot.window and self._capacities[slot.past] < length + room:
-                kept = self.buffers[slot.past].numpy()[:, :, :length]
-                self._fill(slot, kept, length + room)
+                old = self.buffers[slot.past]
+                self._allocate(slot, length + room)
+                self._write(slot, tensor_of(old)[:, :, :length])
 
-    def _fill(self, slot: CacheSlot, kept: npt.NDArray[np.generic], capacity: int) -> None:
-        array = np.zeros((self._batch, slot.heads, capacity, slot.size), slot.dtype)
-        array[:, :, : kept.shape[2]] = kept
-        self.buffers[slot.past] = self._executor.value(array)
-        self._capacities[slot.past] = capacity
+    def _allocate(self, slot: CacheSlot, capacity: int) -> None:
+        """Have a buffer for so many tokens.
+
+        One that is not much too long stays: new ones at every eviction would leave holes in the heap, and the
+        process would grow with the text.
+        """
+        if not 0 < capacity <= self._capacities.get(slot.past, 0) <= capacity * _SPARE:
+            empty = np.zeros((self._batch, slot.heads, capacity, slot.size), slot.dtype)
+            self.buffers[slot.past] = self._executor.value(empty)
+            self._capacities[slot.past] = capacity
+
+    def _write(self, slot: CacheSlot, kept: torch.Tensor) -> None:
+        tensor_of(self.buffers[slot.past])[:, :, : kept.shape[2]] = kept
 
     def appended(self, new: int, outputs: Mapping[str, Value]) -> None:
         """Note that a run appended tokens; caches that grow are taken from its outputs."""
@@ -192,8 +203,7 @@ class Cache:
         """Forget everything and make room for ``capacity`` tokens."""
         self.lengths[:] = 0
         for slot in self.slots:
-            nothing = np.zeros((self._batch, slot.heads, 0, slot.size), slot.dtype)
-            self._fill(slot, nothing, slot.capacity(capacity) if slot.in_place else 0)
+            self._allocate(slot, slot.capacity(capacity) if slot.in_place else 0)
 
     def replace(self, kept: Mapping[str, Value], *, room: int) -> None:
         """Hold other tokens: ``kept``, by name of the present, with room for more behind them."""
@@ -202,6 +212,7 @@ class Cache:
             length = value.shape()[2]
             self.lengths[slot.layer] = length
             if slot.in_place:
-                self._fill(slot, value.numpy(), length + room)
+                self._allocate(slot, length + room)
+                self._write(slot, tensor_of(value))
             else:
                 self.buffers[slot.past] = value
