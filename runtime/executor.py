@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import onnxruntime
 import torch
 
@@ -11,7 +13,7 @@ from .session import Session, as_tensor
 from .torch_session import TorchSession, TorchValue
 
 Executor = Session | TorchSession
-Value = onnxruntime.OrtValue | TorchValue
+Value: TypeAlias = onnxruntime.OrtValue | TorchValue
 """An array where its executor keeps it."""
 
 

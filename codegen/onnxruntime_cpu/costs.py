@@ -15,13 +15,14 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.graph_builder import GraphBuilder
 from ...ir.views.linears import Linear, as_linear
+from ..hadamard_op import HadamardSpec, hadamard_op, made_up_hadamard
+from ..linear_op import LinearSpec, linear_op, made_up_op
 from ..microbenchmark import Feeds
 from .encoded_linear import ENCODED_BODY, ENCODED_KERNELS, encoded_op, is_encoded
 from .float_weights import FLOAT_KERNEL
-from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS, HadamardSpec, hadamard_op, made_up_hadamard
+from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS
 from .kernel import Chooser, Kernel
 from .linear_kernels import LINEAR_BODY, LINEAR_KERNELS
-from .linear_op import LinearSpec, linear_op, made_up_op
 
 _WIDEST_TIMED = 16384
 """Output features; beyond, the time of a product grows in proportion."""

@@ -18,10 +18,10 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.errors import TargetError
 from ...ir.graph_builder import CONTRIB, GraphBuilder
+from ..linear_op import constant_of
 from ..microbenchmark import Feeds
 from .float_weights import FLOAT_KERNEL, FOLD_AT_LOAD
 from .kernel import Kernel
-from .linear_op import constant_of
 
 NF4 = np.array(
     [

@@ -10,9 +10,9 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.errors import TargetError
 from ...ir.graph_builder import CONTRIB, GraphBuilder
+from ..linear_op import constant_of
 from ..microbenchmark import Feeds
 from .kernel import Kernel
-from .linear_op import constant_of
 
 _TIMED_ROWS = 4096
 """Rows of the table that is made up for timing: enough not to fit a cache, whatever the vocabulary."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.graph_builder import CONTRIB, GraphBuilder
-from .linear_op import LinearOp, constant_of
+from ..linear_op import LinearOp, constant_of
 from .token_grid import emit_integers, emit_scale, middle
 
 _SIGN_OFFSET = 128

@@ -18,10 +18,10 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ...ir.graph_builder import GraphBuilder
+from ..linear_op import LinearOp
 from . import integer_kernels as integer
 from .float_weights import FLOAT_KERNEL, FOLD_AT_LOAD, emit_dequantized, emit_product
 from .kernel import Kernel
-from .linear_op import LinearOp
 from .nbits_kernel import emit_nbits, nbits_block_size
 from .token_grid import emit_integers
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...ir.graph_builder import CONTRIB, GraphBuilder
-from .linear_op import LinearOp
+from ..linear_op import LinearOp
 
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
 

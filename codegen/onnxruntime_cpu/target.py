@@ -14,7 +14,9 @@ import onnx_ir as ir
 from ...ir import clone, ops
 from ...ir.errors import TargetError
 from ...ir.graph_builder import CONTRIB, GraphBuilder
+from ..hadamard_op import HadamardOp, HadamardSpec, hadamard_op, made_up_hadamard
 from ..linear_format import LinearFormat
+from ..linear_op import LinearOp, LinearSpec, linear_op, made_up_op
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from . import costs
@@ -32,17 +34,9 @@ from .encoded_linear import (
 from .float_weights import CONV_KERNEL, FLOAT_KERNEL, FOLD_AT_LOAD
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add
 from .gather import GATHER_BODY, GATHER_KERNELS, GatherOp, GatherSpec, gather_op, made_up_gather
-from .hadamard import (
-    HADAMARD_BODY,
-    HADAMARD_KERNELS,
-    HadamardOp,
-    HadamardSpec,
-    hadamard_op,
-    made_up_hadamard,
-)
+from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS
 from .kernel import Choice, Chooser, OpT
 from .linear_kernels import LINEAR_BODY, LINEAR_KERNELS
-from .linear_op import LinearOp, LinearSpec, linear_op, made_up_op
 
 _EXACT = 1e-3
 """Integer kernels that saturate err by per cents on evenly spread data; rounding stays far below this."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.graph_builder import GraphBuilder
-from .linear_op import LinearOp, LinearSpec
+from ..linear_op import LinearOp, LinearSpec
 
 
 def emit_integers(build: GraphBuilder, op: LinearOp) -> tuple[ir.Value, ir.Value]:

@@ -13,13 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen import get_target, microbenchmark
-from planish.codegen.onnxruntime_cpu.hadamard import (
-    HADAMARD_KERNELS,
-    HadamardSpec,
-    hadamard_op,
-    made_up_hadamard,
-    parts_of,
-)
+from planish.codegen.hadamard_op import HadamardSpec, hadamard_op, made_up_hadamard, parts_of
+from planish.codegen.onnxruntime_cpu.hadamard import HADAMARD_KERNELS
 from planish.codegen.onnxruntime_cpu.kernel import _candidate
 from planish.ir import ops
 from planish.ir.errors import TargetError

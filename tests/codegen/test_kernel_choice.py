@@ -8,13 +8,13 @@ import math
 
 import pytest
 from planish.codegen import get_target, microbenchmark
+from planish.codegen.linear_op import LinearSpec, made_up_op
 from planish.codegen.machine import cache_directory
 from planish.codegen.microbenchmark import Measurement, Microbenchmark
 from planish.codegen.onnxruntime_cpu import kernel as kernel_module
 from planish.codegen.onnxruntime_cpu.float_weights import FLOAT_KERNEL
 from planish.codegen.onnxruntime_cpu.kernel import Chooser
 from planish.codegen.onnxruntime_cpu.linear_kernels import LINEAR_BODY, LINEAR_KERNELS
-from planish.codegen.onnxruntime_cpu.linear_op import LinearSpec, made_up_op
 from planish.ir.errors import TargetError
 
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen import get_target, microbenchmark
+from planish.codegen.linear_op import LinearSpec, made_up_op
 from planish.codegen.onnxruntime_cpu import kernel as kernel_module
 from planish.codegen.onnxruntime_cpu.float_weights import FLOAT_KERNEL
 from planish.codegen.onnxruntime_cpu.fused_add import ADD_KERNELS, AddSpec, add_spec, made_up_add
 from planish.codegen.onnxruntime_cpu.gather import GATHER_KERNELS, GatherSpec, made_up_gather
 from planish.codegen.onnxruntime_cpu.linear_kernels import LINEAR_BODY, LINEAR_KERNELS
-from planish.codegen.onnxruntime_cpu.linear_op import LinearSpec, made_up_op
 from planish.ir import ops
 from planish.ir.errors import TargetError
 from planish.passes.infrastructure.base import PassContext

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from planish.codegen.linear_op import LinearSpec, made_up_op
 from planish.codegen.onnxruntime_cpu.float_weights import FLOAT_KERNEL
 from planish.codegen.onnxruntime_cpu.linear_kernels import LINEAR_KERNELS
-from planish.codegen.onnxruntime_cpu.linear_op import LinearSpec, made_up_op
 from planish.ir import ops
 from planish.ir.graph_builder import GraphBuilder
 

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from ...ir import ops
-from ...ir.errors import TargetError
-from ...ir.ops.definition import OpDefinition
-from ..microbenchmark import Feeds
+from ..ir import ops
+from ..ir.errors import TargetError
+from ..ir.ops.definition import OpDefinition
+from .microbenchmark import Feeds
 
 _FIXED_SEED = 0
 _WIDEST_TIMED = 16384
