@@ -6,13 +6,14 @@ import dataclasses
 from typing import Any
 
 from ..ir.errors import TargetError
+from .cuda.target import Cuda
 from .linear_format import LinearFormat
 from .onnxruntime_cpu import OnnxruntimeCpu
 from .portable import Portable
 from .target import Binding, BoundModel, Target
 from .torch_fx.target import Torch
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu, Torch)}
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (Portable, OnnxruntimeCpu, Torch, Cuda)}
 
 __all__ = ["TARGETS", "Binding", "BoundModel", "LinearFormat", "Target", "get_target"]
 

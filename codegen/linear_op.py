@@ -15,6 +15,7 @@ from .microbenchmark import Feeds
 
 _FIXED_SEED = 0
 _WIDEST_TIMED = 16384
+_CONTAINERS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8})
 _OP_TYPES = {
     "float": "QuantizedLinear",
     "tensor": "DynamicQuantizedLinear",
@@ -162,6 +163,14 @@ class LinearOp:
         if self.x_scale is None or self.x_zero_point is None:
             raise TargetError(f"{self.label()} lacks the grid of its activations")
         return self.x_scale, self.x_zero_point
+
+
+def is_encoded(node: ir.Node) -> bool:
+    """Whether ``node`` is a linear whose weight is not plain integers on a uniform grid."""
+    if node.op_type != "QuantizedLinear":
+        return False
+    weight = ops.operand(node, "W")
+    return node.overload not in ("", "bias") or (weight is not None and weight.dtype not in _CONTAINERS)
 
 
 def linear_op(node: ir.Node) -> LinearOp:

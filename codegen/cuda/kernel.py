@@ -69,3 +69,9 @@ class Launcher(Protocol):
             launch: which, and how large.
             arguments: tensors, contiguous, as pointers, None for a null pointer; integers as 32-bit ones.
         """
+
+
+def padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind the last axis up to this length; the tensor itself where there are none to add."""
+    missing = length - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor

@@ -124,6 +124,12 @@ def packed_signs(factor: Tensor) -> Tensor:
     return ((factor < 0).to(torch.int64) * bits[:, None]).sum(0)
 
 
+def unpacked_signs(signs: Tensor) -> Tensor:
+    """The matrix of ±1 [K, K] float32 that `packed_signs` packed."""
+    rows = torch.arange(len(signs), device=signs.device)
+    return 1.0 - 2.0 * ((signs[None, :] >> rows[:, None]) & 1)
+
+
 def _launch(
     name: str,
     numbers: int,
@@ -197,12 +203,12 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 def transform_reference(x: Tensor, factor: Tensor | None, *, scale: float) -> Tensor:
     """The transform in the precision of x, by a product with the whole matrix."""
     order = 1 if factor is None else len(factor)
-    matrix = torch.ones(1, 1, dtype=x.dtype)
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
     for _ in range(int(math.log2(x.shape[-1] // order))):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     if factor is not None:
         matrix = torch.kron(factor.to(x.dtype), matrix)
-    return scale * (x @ matrix.to(x.device))
+    return scale * (x @ matrix)
 
 
 def quantize_reference(values: Tensor, quantization: Quantization) -> Rows:
@@ -211,4 +217,4 @@ def quantize_reference(values: Tensor, quantization: Quantization) -> Rows:
     largest = quantization.clip * values.abs().amax(-1) / quantization.levels
     scales = largest.clamp(min=_SMALLEST_NORMAL)
     limits = (-quantization.levels - 1, quantization.levels)
-    return Rows(torch.round(values / scales[:, None]).clamp(*limits).to(torch.int8), scales)
+    return Rows(torch.round(values / scales[..., None]).clamp(*limits).to(torch.int8), scales)

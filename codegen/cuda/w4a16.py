@@ -7,7 +7,8 @@ bytes: lane 4 c + t has, in word j, of the columns 16 j + c and 16 j + 8 + c the
 and 2 t + 9, which are what that lane feeds to the tensor cores. Scales and zero points of 64 columns are in
 the order of the lanes as well: the eight columns c, 8 + c, 16 + c, … side by side.
 
-Rows are padded to multiples of 64 and columns to those of a block, with q = 8 and a scale of 0.
+Rows are padded to multiples of 64 and columns to those of a block, with q = 8 and a scale of 0. The kernel
+copies and stores eight numbers at a time: rows of x and y of other lengths are padded for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 import torch
 
 from .hardware import Gpu
-from .kernel import ELEMENTS, Kernel, Launch, Launcher
+from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
 
 Tensor = torch.Tensor
 
@@ -33,6 +34,8 @@ _THREADS = 32 * _WARPS_N * _WARPS_K
 _FEWEST_TILES = 8
 """Tiles along K that a block has at least when a product is split."""
 _ADD_THREADS = 128
+_AT_ONCE = 8
+"""Numbers that the kernel copies and stores at a time."""
 # Of the eight numbers of a word, in the order of their bits: which of the two columns, and which row of 16
 # from the lane's first on. Numbers i and i + 4 are a pair of neighbouring rows.
 _NUMBERS = ((0, 0), (0, 8), (1, 0), (1, 8), (0, 1), (0, 9), (1, 1), (1, 9))
@@ -194,17 +197,18 @@ def plan(
     """Choose tiles and splits for one shape.
 
     Args:
-        m, n, k: sizes of the product, not padded.
+        m, n, k: sizes of the product, not padded; any.
         group_size: rows that share a scale; 0 for all.
         dtype: of activations and scales.
         shifted: whether there are zero points.
         bias: whether there is one.
         gpu: where it runs.
     """
-    reason = _reason_not_to(m, n, k, group_size, dtype, gpu)
+    reason = _reason_not_to(m, group_size, dtype, gpu)
     if reason:
         return Fallback(reason)
     tile_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    n, k = _up(n, _AT_ONCE), _up(k, _AT_ONCE)
     columns, rows, tiles = -(-n // BLOCK_COLUMNS), -(-m // tile_m), -(-k // TILE_K)
     splits = 1
     # More blocks than processors are no use, and short blocks only fill their pipeline.
@@ -235,7 +239,7 @@ def plan(
     return Plan(product, splits, addition)
 
 
-def _reason_not_to(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
+def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {dtype}: the kernel takes float16 and bfloat16"
     if gpu.capability < (8, 0):
@@ -243,8 +247,6 @@ def _reason_not_to(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, 
     if group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES[1:]))
         return f"groups of {group_size} rows: the kernel has {sizes}, or one for all"
-    if n % 8 or k % 8:
-        return f"a weight [{k}, {n}]: the kernel copies 8 numbers at a time"
     if not m:
         return "no rows"
     needed = shared_bytes(64, group_size, True)
@@ -263,27 +265,15 @@ def shared_bytes(tile_m: int, group_size: int, shifted: bool) -> int:
 
 def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """The product [M, N] of x [M, K], contiguous, by the kernels of a plan."""
-    m, n = len(x), packed.columns
+    m, n, k = len(x), _up(packed.columns, _AT_ONCE), _up(packed.rows, _AT_ONCE)
+    x = padded(x, k)
+    bias = None if bias is None else padded(bias, n)
     y = x.new_empty(m, n)
     parts = None
     if plan.splits > 1:
         parts = torch.empty(plan.splits, m, n, dtype=torch.float32, device=x.device)
-    launcher.launch(
-        plan.product,
-        [
-            x,
-            packed.weights,
-            packed.scales,
-            packed.shifts,
-            bias,
-            y,
-            parts,
-            m,
-            n,
-            packed.rows,
-            packed.scales.shape[1],
-        ],
-    )
+    operands: list[Argument] = [x, packed.weights, packed.scales, packed.shifts, bias, y, parts]
+    launcher.launch(plan.product, [*operands, m, n, k, packed.scales.shape[1]])
     if plan.addition is not None:
         launcher.launch(plan.addition, [parts, bias, y, m, n, plan.splits])
-    return y
+    return y if n == packed.columns else y[:, : packed.columns].contiguous()

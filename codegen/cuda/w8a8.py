@@ -5,7 +5,10 @@
 The kernel (`kernels/w8a8.cu`) reads weights in slabs of 32 rows and 64 columns. Lane 4 c + t of a slab has,
 of each of the columns 8 j + c, the rows 4 t … 4 t + 3 and 16 + 4 t … 16 + 4 t + 3, which are what that lane
 feeds to the tensor cores: four bytes and four bytes, or the low and the high halves of four bytes. Weights of
-4 bits reach them as 16 times their value; their scales are divided by 16 here.
+4 bits reach them as 16 times their value; their scales are divided by 16 here. Rows of x are copied 16 bytes
+at a time and those of y stored in pairs: others are padded for the kernel.
+
+Activations of fewer bits than 8 are bytes, too: Hopper's tensor cores have no narrower integers.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import torch
 
 from .hardware import Gpu
-from .kernel import ELEMENTS, Kernel, Launch, Launcher
+from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
 
 Tensor = torch.Tensor
 
@@ -156,7 +159,7 @@ def plan(
         bias: whether there is one.
         gpu: where it runs.
     """
-    reason = _reason_not_to(m, n, k, group_size, dtype, gpu)
+    reason = _reason_not_to(m, k, group_size, dtype, gpu)
     if reason:
         return Fallback(reason)
     # Groups need a second set of sums, for which there are no registers beside those of 64 rows.
@@ -178,15 +181,13 @@ def plan(
     return Launch(kernel, grid, _THREADS, shared_bytes(tile_m, bits))
 
 
-def _reason_not_to(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
+def _reason_not_to(m: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
     if dtype not in ELEMENTS:
         return f"the result is {dtype}: the kernel gives float16, bfloat16 and float32"
     if gpu.capability < (8, 0):
         return f"the GPU has capability {gpu.capability[0]}.{gpu.capability[1]}: the kernel needs 8.0"
     if group_size % SLAB_ROWS:
         return f"groups of {group_size} rows: the kernel takes multiples of {SLAB_ROWS}"
-    if n % 2 or k % 16:
-        return f"a weight [{k}, {n}]: the kernel copies 16 integers at a time, and stores two numbers"
     if k * 128 * 128 >= 2**31:
         return f"{k} products of int8 do not fit in 32 bits"
     if not m:
@@ -212,7 +213,9 @@ def run(
     dtype: torch.dtype,
 ) -> Tensor:
     """The product [M, N] of x [M, K] int8, contiguous, with scales [M] float32."""
-    y = torch.empty(len(x), packed.columns, dtype=dtype, device=x.device)
-    sizes = [len(x), packed.columns, packed.rows, packed.scales.shape[1]]
-    launcher.launch(launch, [x, x_scales, packed.weights, packed.scales, bias, y, *sizes])
-    return y
+    m, n, k = len(x), _up(packed.columns, 2), _up(packed.rows, 16)
+    bias = None if bias is None else padded(bias, n)
+    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    operands: list[Argument] = [padded(x, k), x_scales, packed.weights, packed.scales, bias, y]
+    launcher.launch(launch, [*operands, m, n, k, packed.scales.shape[1]])
+    return y if n == packed.columns else y[:, : packed.columns].contiguous()

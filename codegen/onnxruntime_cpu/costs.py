@@ -16,9 +16,9 @@ from ...ir import ops
 from ...ir.graph_builder import GraphBuilder
 from ...ir.views.linears import Linear, as_linear
 from ..hadamard_op import HadamardSpec, hadamard_op, made_up_hadamard
-from ..linear_op import LinearSpec, linear_op, made_up_op
+from ..linear_op import LinearSpec, is_encoded, linear_op, made_up_op
 from ..microbenchmark import Feeds
-from .encoded_linear import ENCODED_BODY, ENCODED_KERNELS, encoded_op, is_encoded
+from .encoded_linear import ENCODED_BODY, ENCODED_KERNELS, encoded_op
 from .float_weights import FLOAT_KERNEL
 from .hadamard import HADAMARD_BODY, HADAMARD_KERNELS
 from .kernel import Chooser, Kernel

@@ -47,7 +47,6 @@ NF4 = np.array(
 """NF4 (https://arxiv.org/abs/2305.14314), as in the kernel."""
 _NF4_QUANT_TYPE = 1
 _SMALLEST_BLOCK = 16
-_INTEGERS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +107,6 @@ class EncodedOp:
         rows = ["rows"] if self.spec.rank == 2 else ["batch", "rows"]
         shape = ir.Shape([*rows, self.spec.in_features])
         return dataclasses.replace(self, x=ir.val("x", shape=shape, dtype=ir.DataType[self.spec.dtype]))
-
-
-def is_encoded(node: ir.Node) -> bool:
-    """Whether ``node`` is a linear of this kind."""
-    if node.op_type != "QuantizedLinear":
-        return False
-    weight = ops.operand(node, "W")
-    return node.overload not in ("", "bias") or (weight is not None and weight.dtype not in _INTEGERS)
 
 
 def encoded_op(node: ir.Node) -> EncodedOp:

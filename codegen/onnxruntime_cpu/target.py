@@ -16,7 +16,7 @@ from ...ir.errors import TargetError
 from ...ir.graph_builder import CONTRIB, GraphBuilder
 from ..hadamard_op import HadamardOp, HadamardSpec, hadamard_op, made_up_hadamard
 from ..linear_format import LinearFormat
-from ..linear_op import LinearOp, LinearSpec, linear_op, made_up_op
+from ..linear_op import LinearOp, LinearSpec, is_encoded, linear_op, made_up_op
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from . import costs
@@ -29,7 +29,6 @@ from .encoded_linear import (
     EncodedOp,
     EncodedSpec,
     encoded_op,
-    is_encoded,
 )
 from .float_weights import CONV_KERNEL, FLOAT_KERNEL, FOLD_AT_LOAD
 from .fused_add import ADD_KERNELS, SUM, AddOp, AddSpec, add_spec, fused_kernel, made_up_add

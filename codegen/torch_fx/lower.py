@@ -19,16 +19,39 @@ from torch import fx
 from ...ir import clone
 from ...ir.errors import InputError, TargetError
 from ...ir.ops.definition import MINIMUM_OPSET
-from . import attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape
+from . import (
+    attention,
+    elementwise,
+    image,
+    indexing,
+    linear,
+    norm,
+    pool,
+    quantized,
+    reduce,
+    resize,
+    sequence,
+    shape,
+)
 from .module_names import ModuleNames
 from .registry import Lowering, OpKey, Registry
 from .tensors import from_array, torch_dtype, torch_tensor
 
-OPS: dict[OpKey, Lowering] = {
-    key: entry
-    for group in (attention, elementwise, image, indexing, linear, norm, quantized, reduce, sequence, shape)
-    for key, entry in group.OPS.items()
-}
+_GROUPS = (
+    attention,
+    elementwise,
+    image,
+    indexing,
+    linear,
+    norm,
+    pool,
+    quantized,
+    reduce,
+    resize,
+    sequence,
+    shape,
+)
+OPS: dict[OpKey, Lowering] = {key: entry for group in _GROUPS for key, entry in group.OPS.items()}
 """How each op is lowered. A target with kernels of its own passes further entries to `lower`."""
 
 NODE_KEY = "planish.node"
@@ -105,6 +128,12 @@ def _entry(node: ir.Node, registry: Registry) -> Lowering:
             f"torch-fx: node {node.name!r} is {_op_name((node.domain, node.op_type))}, which is not lowered",
             hint="lowered are " + ", ".join(sorted(_op_name(key) for key in registry)),
         )
+    for name, lowered in entry.only.items():
+        if name in node.attributes and node.attributes[name].value != lowered:
+            raise TargetError(
+                f"torch-fx: node {node.name!r} ({node.op_type}): attribute {name!r} is "
+                f"{node.attributes[name].value!r}, and only {lowered!r} is lowered"
+            )
     return entry
 
 
@@ -123,7 +152,9 @@ def run(module: fx.GraphModule, feeds: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
+def _as_tensor(value: Any) -> torch.Tensor | list[torch.Tensor]:
+    if isinstance(value, list) and value and isinstance(value[0], np.ndarray | torch.Tensor):
+        return [item if isinstance(item, torch.Tensor) else from_array(item) for item in value]  # a sequence
     return value if isinstance(value, torch.Tensor) else from_array(np.asarray(value))
 
 
@@ -188,7 +219,10 @@ class _Builder:
         node = self._graph.placeholder(argument)
         node.meta[VALUE_KEY] = value.name
         if self._dtype is not None and value.dtype is not None and value.dtype.is_floating_point():
-            node = self._graph.call_method("to", (node, self._dtype))
+            if isinstance(value.type, ir.SequenceType):
+                node = self._graph.call_function(sequence.converted, (node, self._dtype))
+            else:
+                node = self._graph.call_method("to", (node, self._dtype))
         self._values[value] = node
         return argument
 
@@ -203,6 +237,7 @@ class _Builder:
         while arguments and arguments[-1] is None:
             arguments.pop()
         attributes = self._attributes(node)
+        self._check_result_type(node, entry)
         if entry.creates and self._device.type != "cpu":
             attributes["device"] = str(self._device)
         _check_call(node, entry.function, arguments, attributes)
@@ -211,6 +246,15 @@ class _Builder:
         )
         call.meta[NODE_KEY] = node.name
         self._bind_outputs(node, call, several=entry.several)
+
+    def _check_result_type(self, node: ir.Node, entry: Lowering) -> None:
+        """Refuse a result of integers narrower than a byte: that they are is not seen by the function."""
+        like = node.inputs[entry.like] if entry.like is not None and entry.like < len(node.inputs) else None
+        if like is not None:
+            tensor = ir.convenience.get_const_tensor(like)
+            dtype = like.dtype if tensor is None else tensor.dtype
+            if dtype is not None:
+                self._type(node, dtype)
 
     def _bind_outputs(self, node: ir.Node, call: fx.Node, *, several: bool) -> None:
         for index, value in enumerate(node.outputs):
@@ -237,9 +281,9 @@ class _Builder:
             return None
         if index in entry.integers:
             tensor = ir.convenience.get_const_tensor(value)
-            if tensor is not None and tensor.dtype.is_integer() and tensor.size <= _LONGEST_LIST:
+            if tensor is not None and _is_list(tensor, entry):
                 return tensor.numpy().tolist()
-        return self._value(value)
+        return self._value(value, exact=index in entry.exact)
 
     def _operand(self, node: ir.Node, index: int) -> fx.Node:
         value = node.inputs[index]
@@ -247,17 +291,17 @@ class _Builder:
             raise TargetError(f"torch-fx: node {node.name!r} ({node.op_type}) has no input {index}")
         return self._value(value)
 
-    def _value(self, value: ir.Value) -> fx.Node:
+    def _value(self, value: ir.Value, *, exact: bool = False) -> fx.Node:
         """The fx node that holds a value; fetches initializers and constants when they are first read."""
         if value not in self._values:
             tensor = ir.convenience.get_const_tensor(value)
             if tensor is None:
                 raise TargetError(f"torch-fx: {value.name!r} is read before it is computed")
-            self._values[value] = self._constant(value, tensor)
+            self._values[value] = self._constant(value, tensor, None if exact else self._dtype)
         return self._values[value]
 
-    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> fx.Node:
-        result = torch_tensor(tensor, self._dtype)
+    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol, dtype: torch.dtype | None) -> fx.Node:
+        result = torch_tensor(tensor, dtype)
         name = value.name or "constant"
         if result is None:
             raise TargetError(
@@ -311,6 +355,15 @@ _PLAIN_TYPES = frozenset(
         ir.AttributeType.STRINGS,
     }
 )
+
+
+def _is_list(tensor: ir.TensorProtocol, entry: Lowering) -> bool:
+    """Whether a constant of a shape operand is handed over as numbers."""
+    if entry.creates and tensor.dtype != ir.DataType.INT64:
+        return False
+    if tensor.dtype == ir.DataType.BOOL or tensor.size > _LONGEST_LIST:
+        return False
+    return len(tensor.shape) <= 1 or tensor.size > 0  # a list of no lists has lost its second dimension
 
 
 def _op_name(key: OpKey) -> str:

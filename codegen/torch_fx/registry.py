@@ -23,16 +23,23 @@ class Lowering:
     Attributes:
         function: tensors and attributes in, a tensor out. Attributes that name an element type arrive as a
             `torch.dtype`; a tensor attribute of one element arrives as a number and, as ``dtype``, its type.
-        integers: positions of inputs that say something about shapes. They arrive as a Python integer or a
+        integers: positions of inputs that say something about shapes. They arrive as a Python number or a
             list of them where they are constant, as a tensor otherwise; see `as_integers`.
         several: the function returns a tuple, one item for each output.
-        creates: the function makes a tensor out of numbers alone and takes the ``device`` to put it on.
+        exact: positions of inputs whose constants keep their element type, whatever the module computes in.
+        creates: the function makes a tensor out of numbers alone and takes the ``device`` to put it on. Only
+            int64 arrives as numbers then, so that their type is known.
+        like: position of the input whose element type the result has.
+        only: attributes of which one value alone is lowered.
     """
 
     function: Callable[..., Any]
     integers: tuple[int, ...] = ()
+    exact: tuple[int, ...] = ()
     several: bool = False
     creates: bool = False
+    like: int | None = None
+    only: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
 
 
 Registry = Mapping[OpKey, Lowering]
@@ -44,7 +51,7 @@ def as_integers(operand: Integers) -> list[int]:
     """The integers of a shape operand: [n] or a single one."""
     if isinstance(operand, torch.Tensor):
         return [int(item) for item in operand.reshape(-1).tolist()]
-    return [operand] if isinstance(operand, int) else list(operand)
+    return [int(item) for item in operand] if isinstance(operand, Sequence) else [int(operand)]
 
 
 def standard(table: Mapping[str, Callable[..., Any] | Lowering]) -> dict[OpKey, Lowering]:

@@ -18,6 +18,7 @@ from ...ir import clone, ops
 from ...ir.errors import TargetError
 from ..target import Binding, BoundModel, Target
 from .lower import check_lowered, lower
+from .registry import Registry
 
 Precision = Literal["as is", "float64", "float32", "bfloat16", "float16"]
 _DTYPES = {name: getattr(torch, name) for name in get_args(Precision)[1:]}
@@ -62,12 +63,15 @@ class Torch(Target):
         """
         bound = clone(model)
         check_lowered(bound)
-        bindings = tuple(
+        return BoundModel(model=bound, bindings=self.bindings(bound))
+
+    def bindings(self, model: ir.Model) -> tuple[Binding, ...]:
+        """What runs each op that had a choice."""
+        return tuple(
             Binding(node.name or "", f"{node.domain}::{node.op_type}", "body", "torch functions")
-            for node in bound.graph.all_nodes()
+            for node in model.graph.all_nodes()
             if node.domain == ops.DOMAIN
         )
-        return BoundModel(model=bound, bindings=bindings)
 
     def module(self, bound: BoundModel) -> fx.GraphModule:
         """The module that computes a bound model.
@@ -75,15 +79,27 @@ class Torch(Target):
         Raises:
             TargetError: an attribute or element type that is not lowered.
         """
-        weights = bound.model.graph.initializers
+        return self.lowered(bound.model)
+
+    def lowered(self, model: ir.Model, ops: Registry | None = None) -> fx.GraphModule:
+        """A graph as a module on the device, in the precision; ``ops`` as `lower` takes them.
+
+        Raises:
+            TargetError: an attribute or element type that is not lowered.
+        """
+        weights = model.graph.initializers if self.trainable else {}
         return lower(
-            bound.model,
-            dtype=_DTYPES.get(self.precision),
+            model,
+            dtype=self.dtype,
             device=self.device,
-            trainable=[name for name, value in weights.items() if _is_floating(value)]
-            if self.trainable
-            else (),
+            trainable=[name for name, value in weights.items() if _is_floating(value)],
+            ops=ops,
         )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That all floating-point tensors take; None if they keep their own."""
+        return _DTYPES.get(self.precision)
 
     def providers(self) -> list[Any]:
         """None: onnxruntime has no part in it."""

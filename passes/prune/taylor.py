@@ -60,7 +60,7 @@ def taylor(
     scores = {group.name: np.zeros(group.structures) for group in groups}
     for feeds in ctx.progress(data, "first-order scores"):
         module.zero_grad()
-        loss(run(module, feeds), feeds, generator).backward()  # type: ignore[no-untyped-call]
+        loss(run(module, feeds), feeds, generator).backward()
         for group in groups:
             gradients = [_gate_gradients(weights[member.tensor], member) for member in group.consumers]
             scores[group.name] += np.sum(gradients, axis=0) ** 2 / len(data)

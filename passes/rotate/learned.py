@@ -228,7 +228,7 @@ class _Loss:
         total, count = 0.0, sum(map(_sequences, batch))
         for item in batch:  # one after the other: their activations need not be held together
             loss = self._of(item, matrices) * (_sequences(item) / count)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
         return total
 

@@ -223,7 +223,7 @@ class _Run:
         loss = sum(self._networks.losses(self._batches.at(step)).values(), torch.zeros(()))
         if not math.isfinite(loss.item()):
             raise _NotFiniteError(f"the loss is {loss.item()} at step {step}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._hook.before_step(self._networks.parameters)
         length = float(torch.nn.utils.clip_grad_norm_(self._weights, training.clip))
         if not math.isfinite(length):

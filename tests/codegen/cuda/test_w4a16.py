@@ -69,7 +69,7 @@ def test_shapes_that_do_not_go_together():
     ("sizes", "group_size", "dtype", "options"),
     [
         ((16, 256, 512), 128, torch.float16, {}),
-        ((1, 264, 328), 32, torch.bfloat16, {"shifted": True, "bias": True}),
+        ((1, 261, 331), 32, torch.bfloat16, {"shifted": True, "bias": True}),
         ((50, 128, 320), 0, torch.float16, {"shifted": True}),
         ((23, 256, 2048), 64, torch.bfloat16, {"bias": True}),  # its depth is split
     ],
@@ -140,8 +140,6 @@ def test_plans():
     [
         ({"dtype": torch.float32}, "takes float16 and bfloat16"),
         ({"group_size": 48}, "groups of 48 rows"),
-        ({"n": 4097}, "8 numbers at a time"),
-        ({"k": 4100}, "8 numbers at a time"),
         ({"m": 0}, "no rows"),
         ({"gpu": w4a16.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12)}, "capability 7.5"),
         ({"gpu": w4a16.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12)}, "bytes of shared memory"),

@@ -1,0 +1,240 @@
+"""Our kernels as ops of torch, ``torch.ops.planish.…``: on CUDA by the kernels, on CPU by their references.
+
+Each has a fake implementation, so that `torch.compile` and `torch.export` see shapes and types and run
+nothing. None asks the device for anything but memory for its results, so that CUDA graphs can capture them.
+They have no gradients: those are the target torch's.
+
+Leading dimensions of activations are free. Where no kernel runs a call, its reference does, on the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from . import rows, w4a16, w8a8
+from .gpu import GpuLauncher
+from .rows import Norm, Quantization, Rows
+
+Tensor = torch.Tensor
+_Pair = tuple[Tensor, Tensor]
+
+_planned_w4a16 = functools.lru_cache(maxsize=4096)(w4a16.plan)
+_planned_w8a8 = functools.lru_cache(maxsize=4096)(w8a8.plan)
+_launcher_of_device = functools.cache(GpuLauncher)
+
+
+def _launcher_of(tensor: Tensor) -> GpuLauncher | None:
+    """What launches on a tensor's device; None on a CPU."""
+    return _launcher_of_device(tensor.device.index or 0) if tensor.device.type == "cuda" else None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Rows of the last axis, contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------- products
+
+
+def _w4a16(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+) -> Tensor:
+    launcher, matrix = _launcher_of(x), _matrix(x)
+    packed = w4a16.PackedWeight(weights, scales, shifts, rows, columns, group_size)
+    plan = None
+    if launcher is not None:
+        plan = _planned_w4a16(
+            len(matrix),
+            columns,
+            rows,
+            group_size=group_size,
+            dtype=x.dtype,
+            shifted=shifts is not None,
+            bias=bias is not None,
+            gpu=launcher.gpu,
+        )
+    if launcher is not None and isinstance(plan, w4a16.Plan):
+        product = w4a16.run(plan, launcher, matrix, packed, bias)
+    elif launcher is not None:
+        product = torch.nn.functional.linear(matrix, w4a16.dequantized(packed).T, bias)
+    else:
+        product = w4a16.reference(matrix, packed, bias)
+    return product.view(*x.shape[:-1], columns)
+
+
+def _w4a16_fake(x: Tensor, weights: Tensor, *others: Any) -> Tensor:
+    columns: int = others[4]
+    return x.new_empty(*x.shape[:-1], columns)
+
+
+def _w8a8(
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    launcher, matrix = _launcher_of(x), _matrix(x)
+    packed = w8a8.PackedWeight(weights, scales, rows, columns, group_size, bits)
+    plan = None
+    if launcher is not None:
+        plan = _planned_w8a8(
+            len(matrix),
+            columns,
+            rows,
+            group_size=group_size,
+            bits=bits,
+            dtype=dtype,
+            bias=bias is not None,
+            gpu=launcher.gpu,
+        )
+    if launcher is not None and plan is not None and not isinstance(plan, w8a8.Fallback):
+        product = w8a8.run(plan, launcher, matrix, x_scales.reshape(-1), packed, bias, dtype)
+    else:
+        product = w8a8.reference(matrix, x_scales.reshape(-1), packed, bias, dtype)
+    return product.view(*x.shape[:-1], columns)
+
+
+def _w8a8_fake(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor, *others: Any) -> Tensor:
+    columns, dtype = others[2], others[5]
+    return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- rows
+
+
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    epsilon: float,
+    *,
+    quantization: Quantization | None,
+) -> Rows:
+    launcher, norm = _launcher_of(x), cast(Norm, kind)
+    if launcher is None or rows.reason_not_to(x.shape[-1], x.dtype, launcher.gpu):
+        wide = rows.normalize_reference(_wide(x), weight, bias, kind=norm, epsilon=epsilon)
+        return _finished(wide, x.dtype, quantization)
+    found = rows.normalize(
+        launcher, _matrix(x), weight, bias, kind=norm, epsilon=epsilon, quantization=quantization
+    )
+    return _shaped(found, *x.shape)
+
+
+def _swiglu(gate_up: Tensor, *, quantization: Quantization | None) -> Rows:
+    launcher, numbers = _launcher_of(gate_up), gate_up.shape[-1] // 2
+    if launcher is None or rows.reason_not_to(numbers, gate_up.dtype, launcher.gpu):
+        return _finished(rows.swiglu_reference(_wide(gate_up)), gate_up.dtype, quantization)
+    found = rows.swiglu(launcher, _matrix(gate_up), quantization=quantization)
+    return _shaped(found, *gate_up.shape[:-1], numbers)
+
+
+def _hadamard(x: Tensor, signs: Tensor | None, scale: float, *, quantization: Quantization | None) -> Rows:
+    launcher, order = _launcher_of(x), 1 if signs is None else len(signs)
+    if launcher is None or rows.reason_not_to_transform(x.shape[-1], order, x.dtype, launcher.gpu):
+        factor = None if signs is None else rows.unpacked_signs(signs)
+        wide = rows.transform_reference(_wide(x), factor, scale=scale)
+        return _finished(wide, x.dtype, quantization)
+    found = rows.transform(launcher, _matrix(x), signs, scale=scale, quantization=quantization)
+    return _shaped(found, *x.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the precision in which kernels compute; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _finished(values: Tensor, dtype: torch.dtype, quantization: Quantization | None) -> Rows:
+    if quantization is None:
+        return Rows(values.to(dtype), None)
+    return rows.quantize_reference(values, quantization)
+
+
+def _shaped(found: Rows, *shape: int) -> Rows:
+    scales = None if found.scales is None else found.scales.view(shape[:-1])
+    return Rows(found.values.view(shape), scales)
+
+
+def _as_they_are(function: Callable[..., Rows]) -> Callable[..., Tensor]:
+    """The op that stores rows in their own type."""
+    return lambda *given: function(*given, quantization=None).values
+
+
+def _quantizing(function: Callable[..., Rows]) -> Callable[..., _Pair]:
+    """The op that stores rows as int8 and their scales as float32; its last arguments are levels and clip."""
+
+    def quantizing(*given: Any) -> _Pair:
+        *operands, levels, clip = given
+        found = function(*operands, quantization=Quantization(levels, clip))
+        assert found.scales is not None
+        return found.values, found.scales
+
+    return quantizing
+
+
+def _same(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _half(gate_up: Tensor, *others: Any) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _integers(fake: Callable[..., Tensor]) -> Callable[..., _Pair]:
+    def quantized(*given: Any) -> _Pair:
+        like = fake(*given)
+        return torch.empty_like(like, dtype=torch.int8), like.new_empty(like.shape[:-1], dtype=torch.float32)
+
+    return quantized
+
+
+_NORM = "(Tensor x, Tensor? weight, Tensor? bias, str kind, float epsilon"
+_HADAMARD = "(Tensor x, Tensor? signs, float scale"
+_QUANTIZED = "int levels, float clip) -> (Tensor, Tensor)"
+_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "w4a16": (
+        "(Tensor x, Tensor weights, Tensor scales, Tensor? shifts, Tensor? bias, int rows, int columns, "
+        "int group_size) -> Tensor",
+        _w4a16,
+        _w4a16_fake,
+    ),
+    "w8a8": (
+        "(Tensor x, Tensor x_scales, Tensor weights, Tensor scales, Tensor? bias, int rows, int columns, "
+        "int group_size, int bits, ScalarType dtype) -> Tensor",
+        _w8a8,
+        _w8a8_fake,
+    ),
+    "normalize": (f"{_NORM}) -> Tensor", _as_they_are(_normalize), _same),
+    "normalize_quantize": (f"{_NORM}, {_QUANTIZED}", _quantizing(_normalize), _integers(_same)),
+    "swiglu": ("(Tensor gate_up) -> Tensor", _as_they_are(_swiglu), _half),
+    "swiglu_quantize": (f"(Tensor gate_up, {_QUANTIZED}", _quantizing(_swiglu), _integers(_half)),
+    "hadamard": (f"{_HADAMARD}) -> Tensor", _as_they_are(_hadamard), _same),
+    "hadamard_quantize": (f"{_HADAMARD}, {_QUANTIZED}", _quantizing(_hadamard), _integers(_same)),
+}
+"""By name: schema, implementation, fake implementation."""
+NAMES = tuple(_OPS)
+"""Of the ops."""
+
+_LIBRARY = torch.library.Library("planish", "DEF")
+for _name, (_schema, _function, _fake) in _OPS.items():
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _key)
+    torch.library.register_fake(f"planish::{_name}", _fake, lib=_LIBRARY)
