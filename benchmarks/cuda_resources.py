@@ -20,8 +20,9 @@ def main() -> None:
         "# Resources of CUDA kernels",
         "",
         f"Compiled by NVRTC {compiler_version()}; registers of a thread, and spilled bytes where there "
-        "are any. Plans are for an H100, 1, 32 and 512 rows and a weight of 4,096 × 4,096. Written "
-        "by `benchmarks/cuda_resources.py`; nothing was run on a GPU.",
+        "are any. Plans are for an H100, 1, 16, 32 and 512 rows, a weight of 4,096 × 4,096, and a "
+        "cache of 8 heads and 8,192 tokens. Written by `benchmarks/cuda_resources.py`; nothing was run on a "
+        "GPU.",
         "",
         f"| kernel | threads | shared KB | {' | '.join(ARCHITECTURES)} |",
         "|---|---|---|" + "---|" * len(ARCHITECTURES),

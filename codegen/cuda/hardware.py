@@ -20,6 +20,9 @@ class Gpu:
         bandwidth: of its memory, bytes per second.
         half_rate: products of 16-bit floats on tensor cores, operations per second, dense.
         int8_rate: the same of 8-bit integers.
+        clock: of the processors, per second.
+        warp_share: of those rates, what instructions of one warp (``mma``) reach. Hopper's tensor cores need
+            those of four for more: 62.9 % were measured (https://arxiv.org/abs/2402.13499).
     """
 
     name: str
@@ -29,6 +32,8 @@ class Gpu:
     bandwidth: float
     half_rate: float
     int8_rate: float
+    clock: float
+    warp_share: float = 1.0
 
     @property
     def architecture(self) -> str:
@@ -40,11 +45,11 @@ class Gpu:
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", (8, 0), 108, 163 * 1024, 2.039e12, 312e12, 624e12),
-        Gpu("RTX 3090", (8, 6), 82, 99 * 1024, 0.936e12, 71e12, 142e12 * 2),
-        Gpu("L4", (8, 9), 58, 99 * 1024, 0.300e12, 121e12, 242e12),
-        Gpu("H100", (9, 0), 132, 227 * 1024, 3.35e12, 989e12, 1979e12),
-        Gpu("H200", (9, 0), 132, 227 * 1024, 4.8e12, 989e12, 1979e12),
+        Gpu("A100", (8, 0), 108, 163 * 1024, 2.039e12, 312e12, 624e12, 1.41e9),
+        Gpu("RTX 3090", (8, 6), 82, 99 * 1024, 0.936e12, 71e12, 142e12 * 2, 1.70e9),
+        Gpu("L4", (8, 9), 58, 99 * 1024, 0.300e12, 121e12, 242e12, 2.04e9),
+        Gpu("H100", (9, 0), 132, 227 * 1024, 3.35e12, 989e12, 1979e12, 1.83e9, 0.63),
+        Gpu("H200", (9, 0), 132, 227 * 1024, 4.8e12, 989e12, 1979e12, 1.83e9, 0.63),
     )
 }
 """By name; figures of the makers' data sheets, without sparsity."""

@@ -67,7 +67,9 @@ def _w4a16(
     if launcher is not None and isinstance(plan, w4a16.Plan):
         product = w4a16.run(plan, launcher, matrix, packed, bias)
     elif launcher is not None:
-        product = torch.nn.functional.linear(matrix, w4a16.dequantized(packed).T, bias)
+        by_kernel = isinstance(plan, w4a16.Fallback) and plan.by_kernel
+        weight = w4a16.dequantize(launcher, packed) if by_kernel else w4a16.dequantized(packed)
+        product = torch.nn.functional.linear(matrix, weight.T, bias)
     else:
         product = w4a16.reference(matrix, packed, bias)
     return product.view(*x.shape[:-1], columns)

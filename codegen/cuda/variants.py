@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import rows, w4a16, w8a8
+from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .hardware import Gpu
 from .kernel import Argument, Launch
 from .rows import Quantization
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 _WIDTH, _DEPTH = 4096, 4096
-_ROWS = (1, 32, 512)
+_ROWS = (1, 16, 32, 512)
 _FACTOR = 28
+_HEADS, _TOKENS = 8, 8192
 
 
 class Recorder:
@@ -31,7 +32,7 @@ class Recorder:
 
 def variants(gpu: Gpu) -> list[Launch]:
     """One launch for each."""
-    found = [*_products(gpu), *_rows()]
+    found = [*_products(gpu), *_sparse_products(gpu), *_attention(gpu), *_rows()]
     return list({launch.kernel: launch for launch in found}.values())
 
 
@@ -66,6 +67,40 @@ def _products(gpu: Gpu) -> Iterator[Launch]:
             )
             assert isinstance(launch, Launch)
             yield launch
+
+
+def _sparse_products(gpu: Gpu) -> Iterator[Launch]:
+    for m in _ROWS:
+        for dtype in (torch.float16, torch.bfloat16):
+            for group_size, bias in ((0, False), (32, True), (128, False)):
+                plan = sparse_w4a16.plan(
+                    m, _WIDTH, _DEPTH, group_size=group_size, dtype=dtype, bias=bias, gpu=gpu
+                )
+                assert isinstance(plan, w4a16.Plan)
+                yield plan.product
+
+
+def _attention(gpu: Gpu) -> Iterator[Launch]:
+    for size in (64, 96, 128, 256):
+        for bits in decode_attention.BITS:
+            # One tile of heads, and two with all that takes registers.
+            for queries, dtype, softcap in ((4, torch.float16, 0.0), (16, torch.bfloat16, 50.0)):
+                plan = decode_attention.plan(
+                    1,
+                    _HEADS * queries,
+                    _HEADS,
+                    size,
+                    _TOKENS,
+                    bits=bits,
+                    dtype=dtype,
+                    scale=1.0,
+                    gpu=gpu,
+                    softcap=softcap,
+                )
+                assert isinstance(plan, decode_attention.Plan)
+                yield plan.attention
+                if plan.joining is not None:
+                    yield plan.joining
 
 
 def _rows() -> list[Launch]:

@@ -17,6 +17,7 @@ import dataclasses
 
 import torch
 
+from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
 
@@ -33,6 +34,12 @@ _WARPS_N, _WARPS_K, _STAGES = 4, 2, 4
 _THREADS = 32 * _WARPS_N * _WARPS_K
 _FEWEST_TILES = 8
 """Tiles along K that a block has at least when a product is split."""
+_TILES_M, _SPLITS = (16, 32, 64), (1, 2, 4, 8, 16)
+"""What plans choose from: rows of a block, and parts of the depth; of equal ones the first."""
+_FEWEST_ROWS_OF_LIBRARY = 128
+"""Below, products wait for memory, of which 16-bit weights take four times as much."""
+_WIDENING = 2.0
+"""Instructions that a lane has for each weight: to widen pairs, and to scale and shift them."""
 _ADD_THREADS = 128
 _AT_ONCE = 8
 """Numbers that the kernel copies and stores at a time."""
@@ -186,15 +193,21 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """Why no kernel runs a product: it is run by dequantising the weight first."""
+    """Why no kernel runs a product: it is run by dequantising the weight first.
+
+    Attributes:
+        reason: in words.
+        by_kernel: whether a kernel dequantises.
+    """
 
     reason: str
+    by_kernel: bool = False
 
 
 def plan(
     m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, shifted: bool, bias: bool, gpu: Gpu
 ) -> Plan | Fallback:
-    """Choose tiles and splits for one shape.
+    """Choose tiles and splits for one shape: those that are predicted to be fastest.
 
     Args:
         m, n, k: sizes of the product, not padded; any.
@@ -207,13 +220,35 @@ def plan(
     reason = _reason_not_to(m, group_size, dtype, gpu)
     if reason:
         return Fallback(reason)
-    tile_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    n, k = _up(n, _AT_ONCE), _up(k, _AT_ONCE)
-    columns, rows, tiles = -(-n // BLOCK_COLUMNS), -(-m // tile_m), -(-k // TILE_K)
-    splits = 1
-    # More blocks than processors are no use, and short blocks only fill their pipeline.
-    while columns * rows * splits * 2 <= gpu.processors and tiles // (splits * 2) >= _FEWEST_TILES:
-        splits *= 2
+    found = [
+        _tiled(m, n, k, tile_m, splits, group_size, dtype, shifted, bias)
+        for tile_m in _TILES_M
+        for splits in _SPLITS
+        if splits == 1 or -(-k // TILE_K) // splits >= _FEWEST_TILES
+    ]
+
+    def ours(plan: Plan) -> float:
+        return predicted(plan, m, n, k, group_size=group_size, shifted=shifted, gpu=gpu)
+
+    best = min(found, key=ours)
+    by_library = predicted_by_library(m, n, k, group_size=group_size, shifted=shifted, gpu=gpu)
+    if m >= _FEWEST_ROWS_OF_LIBRARY and by_library < ours(best):
+        times = f"{by_library * 1e6:.0f} µs, and the kernel {ours(best) * 1e6:.0f}"
+        return Fallback(f"dequantising first is predicted to take {times}", by_kernel=True)
+    return best
+
+
+def _tiled(
+    m: int,
+    n: int,
+    k: int,
+    tile_m: int,
+    splits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    shifted: bool,
+    bias: bool,
+) -> Plan:
     element = ELEMENTS[dtype]
     kernel = Kernel(
         "w4a16",
@@ -229,14 +264,48 @@ def plan(
             ("SPLIT", int(splits > 1)),
         ),
     )
-    addition = None
-    if splits > 1:
-        grid = (-(-n // (2 * _ADD_THREADS)), m, 1)
-        addition = Launch(
-            Kernel("add_parts", (("ELEMENT", element), ("BIAS", int(bias)))), grid, _ADD_THREADS
-        )
-    product = Launch(kernel, (columns, rows, splits), _THREADS, shared_bytes(tile_m, group_size, shifted))
-    return Plan(product, splits, addition)
+    grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), splits)
+    product = Launch(kernel, grid, _THREADS, shared_bytes(tile_m, group_size, shifted))
+    if splits == 1:
+        return Plan(product, splits, None)
+    adding = Kernel("add_parts", (("ELEMENT", element), ("BIAS", int(bias))))
+    return Plan(product, splits, Launch(adding, (-(-n // (2 * _ADD_THREADS)), m, 1), _ADD_THREADS))
+
+
+def weight_bytes(n: int, k: int, *, group_size: int, shifted: bool) -> int:
+    """Of a packed weight, padded."""
+    columns, rows = _up(n, BLOCK_COLUMNS), _up(k, max(TILE_K, group_size))
+    groups = 1 if not group_size else rows // group_size
+    return rows * columns // 2 + groups * columns * 2 * (2 if shifted else 1)
+
+
+def predicted(plan: Plan, m: int, n: int, k: int, *, group_size: int, shifted: bool, gpu: Gpu) -> float:
+    """Seconds of a plan, see `planish.codegen.cuda.predict`."""
+    columns, rows, splits = plan.product.grid
+    tile_m = int(dict(plan.product.kernel.constants)["TILE_M"])
+    weight = weight_bytes(n, k, group_size=group_size, shifted=shifted)
+    parts = 4.0 * m * n * splits if splits > 1 else 0.0
+    weights_of_a_row = float(columns * BLOCK_COLUMNS * _up(k, TILE_K))
+    work = predict.Work(
+        bytes=weight + 2.0 * m * k + (parts or 2.0 * m * n),
+        cached_bytes=weight * rows + 2.0 * m * k * columns,
+        operations=2.0 * rows * tile_m * weights_of_a_row,
+        lane_operations=rows * weights_of_a_row * (_WIDENING + shifted / 2),
+        blocks=columns * rows * splits,
+        threads=plan.product.threads,
+        shared_bytes=plan.product.shared_bytes,
+        flying_bytes=plan.product.shared_bytes * (_STAGES - 1) // _STAGES,
+    )
+    product = predict.seconds(work, gpu.half_rate, gpu)
+    if plan.addition is None:
+        return predict.launched(product)
+    return predict.launched(product, predict.copied(parts + 2.0 * m * n, gpu))
+
+
+def predicted_by_library(m: int, n: int, k: int, *, group_size: int, shifted: bool, gpu: Gpu) -> float:
+    """Seconds of dequantising first, and a product of 16-bit floats by cuBLAS."""
+    moved = weight_bytes(n, k, group_size=group_size, shifted=shifted) + 2.0 * n * k
+    return predict.launched(predict.copied(moved, gpu), predict.by_library(m, n, k, 2, gpu.half_rate, gpu))
 
 
 def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
@@ -277,3 +346,25 @@ def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: T
     if plan.addition is not None:
         launcher.launch(plan.addition, [parts, bias, y, m, n, plan.splits])
     return y if n == packed.columns else y[:, : packed.columns].contiguous()
+
+
+def dequantize(launcher: Launcher, packed: PackedWeight) -> Tensor:
+    """The weight [K, N] by a kernel, as `dequantized` has it."""
+    n = _up(packed.columns, _AT_ONCE)
+    kernel = Kernel(
+        "dequantize",
+        (
+            ("ELEMENT", ELEMENTS[packed.scales.dtype]),
+            ("WARPS_N", _WARPS_N),
+            ("GROUP", packed.group_size),
+            ("SHIFTED", int(packed.shifts is not None)),
+        ),
+    )
+    grid = (-(-n // BLOCK_COLUMNS), -(-packed.rows // SLAB_ROWS), 1)
+    shared = _WARPS_N * SLAB_ROWS * (SLAB_COLUMNS + _AT_ONCE) * 2
+    weight = packed.scales.new_empty(packed.rows, n)
+    operands: list[Argument] = [packed.weights, packed.scales, packed.shifts, weight]
+    launcher.launch(
+        Launch(kernel, grid, 32 * _WARPS_N, shared), [*operands, n, packed.rows, packed.scales.shape[1]]
+    )
+    return weight[:, : packed.columns]

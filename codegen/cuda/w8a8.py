@@ -172,6 +172,7 @@ def plan(
             ("WEIGHT_BITS", bits),
             ("TILE_M", tile_m),
             ("WARPS_N", _WARPS_N),
+            ("WARPS_K", 1),
             ("STAGES", _STAGES),
             ("GROUP", group_size),
             ("BIAS", int(bias)),

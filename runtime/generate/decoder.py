@@ -110,10 +110,14 @@ class Decoder:
         positions = np.maximum(before + shown.cumsum(axis=1) - 1, 0)
         given = {"input_ids": ids, "position_ids": positions, LENGTHS: self.cache.lengths}
         runner = self._runner if self._prefill is None or new < _MANY else self._prefill
-        if MASK in runner.inputs:
-            given[MASK] = np.concatenate([self._text.mask, shown], axis=1)
-        outputs = runner.run(given)
+        length = self._text.length
         self._text.append(ids, shown)
+        given[MASK] = self._text.mask
+        try:
+            outputs = runner.run(given)
+        except InputError:
+            self._text.truncate(length)
+            raise
         self._seen = self._seen + shown.sum(axis=1, keepdims=True)
         self.cache.appended(new, outputs)
         if self._eviction is not None and self._observes:

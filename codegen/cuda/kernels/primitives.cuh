@@ -111,6 +111,28 @@ DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c[16, 8] += a[16, 32] b[32, 8], in float32, where of every four neighbours in a row of `a` two are given and the rest
+// is zero. Lane 4 g + t has those of rows g and g + 8: of the four t in a[0] and a[1], of the four t + 4 in a[2] and
+// a[3]. Which two they are says the metadata of the lanes 4 g + 2 · SELECTOR (fours 0 ... 3) and the next (4 ... 7), of
+// row g in the low and of g + 8 in the high half: 4 bits for each four, its two places in ascending order.
+template <class T, int SELECTOR>
+DEVICE void multiply_add_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  if constexpr (Is<T>::bfloat)
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(SELECTOR));
+  else
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(SELECTOR));
+}
+
 // c[16, 8] += a[16, 32] b[32, 8], signed bytes, in int32.
 DEVICE void multiply_add_int8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -118,6 +140,17 @@ DEVICE void multiply_add_int8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
       "{%0, %1, %2, %3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --------------------------------------------------------------------------------------------------- bytes
+
+// Four of the eight bytes of a (0 ... 3) and b (4 ... 7), named by the hexadecimal digits of SELECTOR; its last digit
+// names the lowest byte.
+template <int SELECTOR>
+DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
+  uint32_t found;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "n"(SELECTOR));
+  return found;
 }
 
 #endif

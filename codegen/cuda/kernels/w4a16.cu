@@ -12,7 +12,9 @@
 //
 // Compiled with: ELEMENT (Half, BFloat), TILE_M, WARPS_N, WARPS_K, STAGES, GROUP (rows of K; 0: all of them),
 // SHIFTED (zero points), BIAS, SPLIT (parts instead of y).
+#include "ring.cuh"
 #include "tiles.cuh"
+#include "widen.cuh"
 
 constexpr int kTileK = 64;                  // of x and w in a stage
 constexpr int kTileN = 64 * WARPS_N;        // columns of a block; a warp has 64
@@ -28,30 +30,6 @@ constexpr int kStageBytes = kActivationBytes + kWeightBytes + kScaleBytes * (SHI
 static_assert(kSteps % WARPS_K == 0, "warps share the steps of a stage evenly");
 static_assert(GROUP == 0 || GROUP % 32 == 0, "a step of 16 rows lies in one group");
 static_assert(GROUP <= kTileK || GROUP % kTileK == 0, "a stage lies in one group, or holds whole ones");
-
-// Eight 4-bit numbers q to four pairs of q − 8, exactly: each is put into the mantissa of a float of known exponent,
-// which is subtracted. Pair i holds the numbers i and i + 4.
-DEVICE void widen(uint32_t packed, uint32_t (&pairs)[4]) {
-  constexpr int kMaskAndSet = (0xf0 & 0xcc) | 0xaa;  // (a & b) | c
-  if constexpr (Is<ELEMENT>::bfloat) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // 128 + q
-      pairs[i] = fma_pair<BFloat>(logic3<kMaskAndSet>(packed >> (4 * i), 0x000f000f, 0x43004300), 0x3f803f80,
-                                  0xc308c308);  // · 1 − 136
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t numbers = packed >> (4 * i);
-      pairs[i] = fma_pair<Half>(logic3<kMaskAndSet>(numbers, 0x000f000f, 0x64006400), 0x3c003c00,
-                                0xe408e408);  // (1024 + q) · 1 − 1032
-      pairs[i + 1] = fma_pair<Half>(logic3<kMaskAndSet>(numbers, 0x00f000f0, 0x64006400), 0x2c002c00,
-                                    0xd480d480);  // (1024 + 16 q) / 16 − 72
-    }
-  }
-}
-
-// Both halves of a register, from one of the two in `pair`.
-DEVICE uint32_t twice(uint32_t pair, int which) { return (which ? pair >> 16 : pair & 0xffff) * 0x10001u; }
 
 struct Problem {
   const ELEMENT* x;       // [M, K]
@@ -111,35 +89,15 @@ DEVICE void multiply_stage(const unsigned char* stage, int warp_n, int warp_k, f
 #pragma unroll
     for (int word = 0; word < 4; word++) {
       uint32_t w[4];
-      widen(numbers[word], w);
+      widen<ELEMENT>(numbers[word], w);
 #pragma unroll
-      for (int pair = 0; pair < 4; pair++) {
-        constexpr uint32_t kOne = Is<ELEMENT>::bfloat ? 0x3f803f80 : 0x3c003c00, kMinusZero = 0x80008000;
-        if (SHIFTED) w[pair] = fma_pair<ELEMENT>(w[pair], kOne, twice(shifts[word], pair / 2));
-        w[pair] = fma_pair<ELEMENT>(w[pair], twice(factors[word], pair / 2), kMinusZero);
-      }
+      for (int pair = 0; pair < 4; pair++)
+        w[pair] = scaled<ELEMENT, SHIFTED>(w[pair], factors[word], shifts[word], pair / 2);
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; tile++) {
         multiply_add<ELEMENT>(sums[tile][2 * word], a[tile], w[0], w[1]);
         multiply_add<ELEMENT>(sums[tile][2 * word + 1], a[tile], w[2], w[3]);
       }
-    }
-  }
-}
-
-// Adds up what the warps of one group of columns have, in the first of them.
-DEVICE void add_warps(unsigned char* shared, int warp_n, int warp_k, float (&sums)[kRowTiles][8][4]) {
-  float* given = reinterpret_cast<float*>(shared) + warp_n * (kRowTiles * 32 * 32) + threadIdx.x % 32;
-  for (int other = 1; other < WARPS_K; other++) {
-    __syncthreads();  // what is there has been read
-    if (warp_k == other) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles * 32; i++) given[i * 32] = sums[i / 32][i / 4 % 8][i % 4];
-    }
-    __syncthreads();
-    if (warp_k == 0) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles * 32; i++) sums[i / 32][i / 4 % 8][i % 4] += given[i * 32];
     }
   }
 }
@@ -199,24 +157,11 @@ KERNEL void __launch_bounds__(kThreads)
   SHARED_MEMORY(shared);
   const Problem problem{x, weights, scales, shifts, m, n, k, padded_n};
   const int warp = threadIdx.x / 32, warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
-  const int all_tiles = (k + kTileK - 1) / kTileK, share = (all_tiles + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * share, left = all_tiles - first;
-  const int tiles = left < 0 ? 0 : left < share ? left : share;
+  const Part part = own_part((k + kTileK - 1) / kTileK);
   float sums[kRowTiles][8][4] = {};
-#pragma unroll
-  for (int tile = 0; tile < STAGES - 1; tile++) {
-    if (tile < tiles) load_stage(problem, shared + tile * kStageBytes, first + tile);
-    commit_copies();
-  }
-  for (int tile = 0; tile < tiles; tile++) {
-    wait_for_copies<STAGES - 2>();
-    __syncthreads();  // this tile is there for all, and the one before has been read by all
-    const int next = tile + STAGES - 1;
-    if (next < tiles) load_stage(problem, shared + next % STAGES * kStageBytes, first + next);
-    commit_copies();
-    multiply_stage(shared + tile % STAGES * kStageBytes, warp_n, warp_k, sums);
-  }
-  wait_for_copies<0>();
+  through_ring(
+      part.tiles, [&](int tile, int place) { load_stage(problem, shared + place * kStageBytes, part.first + tile); },
+      [&](int, int place) { multiply_stage(shared + place * kStageBytes, warp_n, warp_k, sums); });
   if (WARPS_K > 1) {
     add_warps(shared, warp_n, warp_k, sums);
     if (warp_k) return;

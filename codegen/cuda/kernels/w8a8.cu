@@ -5,10 +5,12 @@
 //
 // Sums over a group are exact, in int32; those over groups are in float32. A 4-bit weight is fed to the tensor cores
 // as the high half of a byte, which is 16 times its value; the scales that come in have been divided by 16.
-// A block computes TILE_M x (64 · WARPS_N) of y; see w4a16.cu for the ring of stages and the packed weights.
+// A block computes TILE_M x (64 · WARPS_N) of y; see ring.cuh for the stages, and
+// `planish.codegen.cuda.w8a8` for the packed weights.
 //
-// Compiled with: ELEMENT (Half, BFloat, float: of y and bias), ELEMENT_IS_FLOAT, WEIGHT_BITS (8, 4), TILE_M, WARPS_N, STAGES, GROUP
-// (rows of K; 0: all of them), BIAS.
+// Compiled with: ELEMENT (Half, BFloat, float: of y and bias), ELEMENT_IS_FLOAT, WEIGHT_BITS (8, 4), TILE_M, WARPS_N,
+// WARPS_K = 1, STAGES, GROUP (rows of K; 0: all of them), BIAS.
+#include "ring.cuh"
 #include "tiles.cuh"
 
 constexpr int kTileK = 128;           // bytes of a row in a stage
@@ -143,28 +145,20 @@ KERNEL void __launch_bounds__(kThreads)
 #if GROUP
   Totals totals = {};
 #endif
+  through_ring(
+      tiles, [&](int tile, int place) { load_stage(problem, shared + place * kStageBytes, tile); },
+      [&](int tile, int place) {
 #pragma unroll
-  for (int tile = 0; tile < STAGES - 1; tile++) {
-    if (tile < tiles) load_stage(problem, shared + tile * kStageBytes, tile);
-    commit_copies();
-  }
-  for (int tile = 0; tile < tiles; tile++) {
-    wait_for_copies<STAGES - 2>();
-    __syncthreads();  // this tile is there for all, and the one before has been read by all
-    const int next = tile + STAGES - 1;
-    if (next < tiles) load_stage(problem, shared + next % STAGES * kStageBytes, next);
-    commit_copies();
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      multiply_step(shared + tile % STAGES * kStageBytes, step, sums);
+        for (int step = 0; step < kSteps; step++) {
+          multiply_step(shared + place * kStageBytes, step, sums);
 #if GROUP
-      // Rows beyond the last are zeros, so the last group may be added up late.
-      const int done = (tile * kSteps + step + 1) * 32;
-      if (done % GROUP == 0 || done == tiles * kTileK) add_group(scales, padded_n, (done - 32) / GROUP, sums, totals);
+          // Rows beyond the last are zeros, so the last group may be added up late.
+          const int done = (tile * kSteps + step + 1) * 32;
+          if (done % GROUP == 0 || done == tiles * kTileK)
+            add_group(scales, padded_n, (done - 32) / GROUP, sums, totals);
 #endif
-    }
-  }
-  wait_for_copies<0>();
+        }
+      });
 #if GROUP
   store(problem, y, x_scales, scales, bias, totals);
 #else

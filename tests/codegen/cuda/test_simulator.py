@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_simulator import SimulationError, Simulator, needs_compiler
-from planish.codegen.cuda import rows, w4a16
+from planish.codegen.cuda import decode_attention, rows, sparse_w4a16, w4a16
 from planish.codegen.cuda.kernel import KERNELS, Kernel, Launch
 from planish.codegen.cuda.rows import Quantization
 
@@ -91,11 +91,26 @@ def product(simulator: Simulator) -> None:
         dtype=x.dtype,
         shifted=False,
         bias=False,
-        gpu=w4a16.Gpu("", (8, 0), 1, 1 << 18, 1, 1, 1),
+        gpu=w4a16.Gpu("", (8, 0), 1, 1 << 18, 1, 1, 1, 1),
     )
     assert isinstance(plan, w4a16.Plan)
     found = w4a16.run(plan, simulator, x, packed, None)
     torch.testing.assert_close(found, w4a16.reference(x, packed), rtol=5e-3, atol=5e-3)
+
+
+def sparse_product(simulator: Simulator) -> None:
+    """Sparse W4A16 with padding everywhere, five tiles, and groups that end within a tile."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(13, 600, generator=generator).half()
+    integers = torch.randint(0, 16, (600, 264), generator=generator, dtype=torch.uint8)
+    places = torch.rand(150, 4, 264, generator=generator).argsort(dim=1).flatten(0, 1)
+    scales = (torch.rand(10, 264, generator=generator) * 0.02 + 0.005).half()
+    packed = sparse_w4a16.pack(torch.where(places < 2, integers, 8), scales, 64)
+    gpu = w4a16.Gpu("", (8, 0), 1, 1 << 18, 1, 1, 1, 1)
+    plan = sparse_w4a16.plan(13, 264, 600, group_size=64, dtype=x.dtype, bias=False, gpu=gpu)
+    assert isinstance(plan, w4a16.Plan)
+    found = sparse_w4a16.run(plan, simulator, x, packed, None)
+    torch.testing.assert_close(found, sparse_w4a16.reference(x, packed), rtol=5e-3, atol=5e-3)
 
 
 def transform(simulator: Simulator) -> None:
@@ -107,21 +122,47 @@ def transform(simulator: Simulator) -> None:
     torch.testing.assert_close(found.scales, expected.scales)
 
 
+def attention(simulator: Simulator) -> None:
+    """A long and a short text in three parts, of which the short one fills one; four bits."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 64, generator=generator).half()
+    integers = torch.randint(-8, 8, (2, 2, 1, 1501, 64), generator=generator, dtype=torch.int8)
+    scales = torch.rand(2, 1, 64, generator=generator) * 0.2 + 0.1
+    cache = decode_attention.Cache(*decode_attention.pack_four_bits(integers), *scales)
+    lengths = torch.tensor([1500, 45], dtype=torch.int32)
+    plan = decode_attention.plan(
+        2,
+        3,
+        1,
+        64,
+        1536,
+        bits=4,
+        dtype=query.dtype,
+        scale=0.125,
+        gpu=decode_attention.Gpu("", (8, 0), 1024, 1 << 18, 1, 1, 1, 1),
+    )
+    assert isinstance(plan, decode_attention.Plan)
+    assert plan.splits == 3
+    found = decode_attention.run(plan, simulator, query, cache, lengths)
+    expected = decode_attention.reference(query, cache, lengths, scale=0.125)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 BUGS = {
-    "no barrier in the ring": ("w4a16.cu", "__syncthreads();  // this tile", "// this tile"),
+    "no barrier in the ring": ("ring.cuh", "__syncthreads();  // this tile", "// this tile"),
     "copies are waited for too late": (
-        "w4a16.cu",
+        "ring.cuh",
         "wait_for_copies<STAGES - 2>",
         "wait_for_copies<STAGES - 1>",
     ),
-    "the next tile overwrites this one": ("w4a16.cu", "next % STAGES", "tile % STAGES"),
+    "the next tile overwrites this one": ("ring.cuh", "next % STAGES", "tile % STAGES"),
     "no barrier before the sums are read": (
-        "w4a16.cu",
+        "ring.cuh",
         "    __syncthreads();\n    if (warp_k == 0)",
         "    if (warp_k == 0)",
     ),
     "no barrier before the sums are written": (
-        "w4a16.cu",
+        "ring.cuh",
         "__syncthreads();  // what is there",
         "// what is there",
     ),
@@ -142,12 +183,32 @@ BUGS = {
         "row < problem.m",
     ),
     "weights of the next slab": ("w4a16.cu", "first_k / 16 + step)", "first_k / 16 + step + 1)"),
-    "numbers are not centred": ("w4a16.cu", "0xe408e408", "0xe400e400"),
+    "numbers are not centred": ("widen.cuh", "0xe408e408", "0xe400e400"),
     "scales of the group before": (
         "w4a16.cu",
         "first_group + group)",
         "first_group + group - (first_group > 0))",
     ),
+    "a selector of the other lanes": (
+        "sparse_w4a16.cu",
+        "<ELEMENT, 1>(sums[tile][3]",
+        "<ELEMENT, 0>(sums[tile][3]",
+    ),
+    "metadata of the other step": (
+        "sparse_w4a16.cu",
+        "w[0], rows, metadata[2 * step]",
+        "w[0], rows, metadata[2 - 2 * step]",
+    ),
+    "places in descending order": (
+        "sparse_w4a16.cu",
+        "load_words(chunks + 2 * 512, metadata);",
+        "load_words(chunks + 2 * 512, metadata);"
+        "for (uint32_t& four : metadata) four = (four & 0x33333333) << 2 | (four >> 2 & 0x33333333);",
+    ),
+    "scales of the neighbouring column": ("sparse_w4a16.cu", "operand % 2", "operand / 2"),
+    "scales of the slab's first rows": ("sparse_w4a16.cu", "(slab * kSlabK +", "(0 * slab +"),
+    "rows of x in another order": ("sparse_w4a16.cu", "step * 4 + lane / 8", "step * 4 + (lane / 8 ^ 1)"),
+    "columns of y in another order": ("sparse_w4a16.cu", "[i % 2 * 2 + odd]", "[odd * 2 + i % 2]"),
     "no barrier in the transform": (
         "hadamard.cu",
         "    __syncthreads();\n    transform_in_shared",
@@ -159,7 +220,55 @@ BUGS = {
         "for (int warp = 1; warp < kWarps; warp++)",
         "for (int warp = 1; warp < 1; warp++)",
     ),
+    "lanes read a tile before it is there": (
+        "decode_attention.cu",
+        "__syncwarp();  // this tile",
+        "// this tile",
+    ),
+    "a warp's tiles are waited for too late": (
+        "decode_attention.cu",
+        "wait_for_copies<STAGES - 2>",
+        "wait_for_copies<STAGES - 1>",
+    ),
+    "a warp's next tile overwrites this one": ("decode_attention.cu", "next % STAGES", "tile % STAGES"),
+    "no barrier before queries are used": (
+        "decode_attention.cu",
+        "__syncthreads();  // queries",
+        "// queries",
+    ),
+    "no barrier before warps are joined": (
+        "decode_attention.cu",
+        "__syncthreads();  // all warps have left",
+        "// all warps have left",
+    ),
+    "the token beyond the last is seen": ("decode_attention.cu", "i % 2 < tokens", "i % 2 <= tokens"),
+    "the running sum is not rescaled": ("decode_attention.cu", "softmax.sum *= rescale;", ""),
+    "queries lose their fine parts": (
+        "decode_attention.cu",
+        "uint4{coarse[0], fine[0], coarse[1], fine[1]}",
+        "uint4{coarse[0], 0, coarse[1], 0}",
+    ),
+    "the last tiles have no block": (
+        "decode_attention.cu",
+        "(tiles + splits - 1) / splits",
+        "tiles / splits",
+    ),
+    "parts are joined as they are": ("join.cuh", "exp2f(own[head_size] - all.largest)", "1"),
+    "a pair of numbers is taken for neighbours": (
+        "decode_attention.cu",
+        "channel + kWordPairs)",
+        "channel + 1)",
+    ),
 }
+CHECKS = {
+    "decode_attention.cu": [attention],
+    "join.cuh": [attention],
+    "hadamard.cu": [transform],
+    "rows.cuh": [transform],
+    "ring.cuh": [product, sparse_product],
+    "sparse_w4a16.cu": [sparse_product],
+}
+"""What a file is checked with, if not a product alone; each of them has to fail."""
 
 
 @pytest.mark.slow
@@ -172,7 +281,6 @@ def test_a_bug_is_found(bug, tmp_path):
     source = path.read_text()
     assert source.count(text) == 1, f"{file} has changed: find another place for this bug"
     path.write_text(source.replace(text, replacement))
-    check = product if file in ("w4a16.cu", "tiles.cuh") else transform
     simulator = Simulator(kernels=tmp_path / "kernels")
     ways = [
         dataclasses.replace(simulator, order=order, late=late)
@@ -180,10 +288,11 @@ def test_a_bug_is_found(bug, tmp_path):
         for late in (True, False)
     ]
     ways.append(dataclasses.replace(simulator, order="shuffled", sanitizer="thread"))
-    assert any(_fails(check, way) for way in ways)
+    for check in CHECKS.get(file, [product]):
+        assert any(_fails(check, way) for way in ways), check.__name__
 
 
-@pytest.mark.parametrize("check", [product, transform])
+@pytest.mark.parametrize("check", [product, sparse_product, transform, attention])
 def test_without_a_bug_nothing_is_found(check):
     for order in ("forward", "backward", "shuffled"):
         check(Simulator(order=order))

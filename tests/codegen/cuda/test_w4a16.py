@@ -141,11 +141,26 @@ def test_plans():
         ({"dtype": torch.float32}, "takes float16 and bfloat16"),
         ({"group_size": 48}, "groups of 48 rows"),
         ({"m": 0}, "no rows"),
-        ({"gpu": w4a16.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12)}, "capability 7.5"),
-        ({"gpu": w4a16.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12)}, "bytes of shared memory"),
+        ({"gpu": w4a16.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12, 1e9)}, "capability 7.5"),
+        (
+            {"gpu": w4a16.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12, 1e9)},
+            "bytes of shared memory",
+        ),
     ],
 )
 def test_reasons_to_fall_back(options, reason):
     found = plan_of(**options)
     assert isinstance(found, w4a16.Fallback)
     assert reason in found.reason
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size", "shifted", "dtype"),
+    [(100, 300, 32, True, torch.bfloat16), (331, 261, 0, False, torch.float16)],
+    ids=["groups, zero points", "one group"],
+)
+def test_the_kernel_dequantises(rows, columns, group_size, shifted, dtype):
+    _, packed, _, _ = problem(1, columns, rows, group_size, dtype, shifted=shifted)
+    found = w4a16.dequantize(Simulator(order="shuffled"), packed)
+    assert torch.equal(found, w4a16.dequantized(packed))

@@ -114,8 +114,11 @@ def test_sanitizers_find_nothing(sanitizer):
         ({"group_size": 16}, "multiples of 32"),
         ({"k": 1 << 17}, "do not fit in 32 bits"),
         ({"m": 0}, "no rows"),
-        ({"gpu": w8a8.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12)}, "capability 7.5"),
-        ({"gpu": w8a8.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12)}, "bytes of shared memory"),
+        ({"gpu": w8a8.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12, 1e9)}, "capability 7.5"),
+        (
+            {"gpu": w8a8.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12, 1e9)},
+            "bytes of shared memory",
+        ),
     ],
 )
 def test_reasons_to_fall_back(options, reason):

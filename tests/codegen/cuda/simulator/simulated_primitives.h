@@ -153,8 +153,76 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   multiply_add_tiles(Is<T>::bfloat ? "mma.bf16" : "mma.f16", c, a, b0, b1, half_of<T>);
 }
 
+struct SparseOperands {
+  uint32_t a[4], b[4], metadata;
+  float c[4];
+};
+static_assert(sizeof(SparseOperands) <= simulator::kSlotBytes, "a lane leaves them all at once");
+
+// Of a [16, 32] with two numbers in every four: the numbers in the order of their rows, and which column each is in.
+template <class T, int SELECTOR>
+void gather_kept(const SparseOperands (&lanes)[32], float (&kept)[16][16], int (&columns)[16][16]) {
+  static_assert(SELECTOR == 0 || SELECTOR == 1, "a pair of lanes of each four has the metadata");
+  for (int lane = 0; lane < 32; lane++)
+    for (int entry = 0; entry < 4; entry++) {
+      const int half = entry % 2, row = lane / 4 + 8 * half, four = lane % 4 + 4 * (entry / 2);
+      const uint32_t metadata = lanes[lane / 4 * 4 + 2 * SELECTOR + four / 4].metadata;
+      const uint32_t places = metadata >> (16 * half + 4 * (four % 4)) & 15;
+      if ((places & 3) >= places >> 2) simulator::fail("mma.sp: metadata that is not in ascending order");
+      for (int which = 0; which < 2; which++) {
+        kept[row][2 * four + which] = half_of<T>(lanes[lane].a[entry], which);
+        columns[row][2 * four + which] = 4 * four + (places >> (2 * which) & 3);
+      }
+    }
+}
+
+template <class T, int SELECTOR>
+void multiply_add_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  SparseOperands own;
+  memcpy(own.a, a, sizeof own.a);
+  memcpy(own.b, b, sizeof own.b);
+  memcpy(own.c, c, sizeof own.c);
+  own.metadata = metadata;
+  auto multiply = [](simulator::Slots slots) {
+    static SparseOperands lanes[32];
+    static float kept[16][16], right[8][32];
+    static int columns[16][16];
+    for (int lane = 0; lane < 32; lane++) {
+      memcpy(&lanes[lane], slots[lane], sizeof lanes[lane]);
+      for (int k = 0; k < 8; k++)
+        right[lane / 4][8 * (k / 2) + 2 * (lane % 4) + k % 2] = half_of<T>(lanes[lane].b[k / 2], k % 2);
+    }
+    gather_kept<T, SELECTOR>(lanes, kept, columns);
+    for (int lane = 0; lane < 32; lane++) {
+      for (int entry = 0; entry < 4; entry++) {
+        const int row = lane / 4 + 8 * (entry / 2), column = 2 * (lane % 4) + entry % 2;
+        float sum = 0;
+        for (int i = 0; i < 16; i++) sum += kept[row][i] * right[column][columns[row][i]];
+        lanes[lane].c[entry] += sum;
+      }
+      memcpy(slots[lane], &lanes[lane], sizeof lanes[lane]);
+    }
+  };
+  // Lanes that name other selectors are at other instructions.
+  const char* instruction = SELECTOR ? "mma.sp 1" : "mma.sp 0";
+  simulator::Slots slots = simulator::meet(instruction, simulator::kAllLanes, &own, sizeof own, multiply);
+  memcpy(&own, slots[simulator::self().lane], sizeof own);
+  memcpy(c, own.c, sizeof own.c);
+}
+
 inline int byte_of(uint32_t word, int which) { return static_cast<int8_t>(word >> (8 * which)); }
 
 inline void multiply_add_int8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply_add_tiles("mma.s8", c, a, b0, b1, byte_of);
+}
+
+// --------------------------------------------------------------------------------------------------- bytes
+
+template <int SELECTOR>
+uint32_t select_bytes(uint32_t a, uint32_t b) {
+  const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+  uint32_t found = 0;
+  for (int place = 0; place < 4; place++)
+    found |= static_cast<uint32_t>(both >> (SELECTOR >> 4 * place & 7) * 8 & 0xff) << 8 * place;
+  return found;
 }
