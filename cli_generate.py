@@ -67,11 +67,13 @@ def generate(
     from .ir.decoder_facts import DecoderFacts
     from .runtime.compiled_model import CompiledModel
     from .runtime.generate import PromptLookup
+    from .runtime.heap import give_back_large_blocks
 
     if (prompt is None) == (tokens is None):
         raise InputError("generate: expected a prompt or --tokens, and not both")
     words = None if prompt is None else _tokenizer(tokenizer or _beside(model))
     ids = _ids(tokens) if words is None else words.encode(prompt or "")
+    give_back_large_blocks()
     compiled = CompiledModel.open(model)
     facts = DecoderFacts.read(compiled.model)
     printer = _Printer(words)

@@ -2,8 +2,9 @@
 
 Each row is a process of its own, which compiles a random Llama (16 layers, hidden 1,024, 4 heads of keys and
 values), saves it, and starts another one that opens the file and generates: so nothing of compiling is
-measured. Measured are the growth of resident memory at its peak over that before the model was opened, and
-what one more token of context takes, from runs at two lengths.
+measured. Freed memory goes back to the system as in `planish generate`. Measured are the growth of resident
+memory at its peak over that before the model was opened, and what one more token of context takes, from runs
+at two lengths.
 
     python benchmarks/kv_memory.py                 # writes results/kv_memory.md
     python benchmarks/kv_memory.py --long 0        # without the long run in a window of 1,024 tokens; prints
@@ -24,6 +25,7 @@ import decode_speed
 import numpy as np
 import planish
 import torch
+from planish.runtime.heap import give_back_large_blocks
 from rich.console import Console
 from sentence_embeddings import processor
 
@@ -62,6 +64,7 @@ class Measured:
 
 def run(folder: Path, length: int, new: int, every: int) -> Measured:
     """Open a folder and generate behind a prompt, in this process."""
+    give_back_large_blocks()
     before = resident()
     compiled = planish.CompiledModel.open(folder)
     prompt = np.random.default_rng(0).integers(0, decode_speed.VOCABULARY, (1, length - new))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from typing import TypeAlias
 
 import onnxruntime
@@ -25,15 +23,7 @@ def open_executor(bound: BoundModel, target: Target) -> Executor:
     Raises:
         TargetError: onnxruntime or torch cannot run the model.
     """
-    executor = TorchSession(bound, target) if isinstance(target, Torch) else Session(bound, target=target)
-    _give_back_memory()
-    return executor
-
-
-def _give_back_memory() -> None:
-    """What was freed while weights were read and packed, of which glibc keeps hundreds of MB otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems have no such call
-        ctypes.CDLL(None).malloc_trim(0)
+    return TorchSession(bound, target) if isinstance(target, Torch) else Session(bound, target=target)
 
 
 def tensor_of(value: Value) -> torch.Tensor:

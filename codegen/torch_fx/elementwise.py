@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
 from ...ir.errors import TargetError
-from .registry import standard
+from .registry import Lowering, standard
 
 Tensor = torch.Tensor
+_E4M3FN_END = 464.0
+"""The largest number that is rounded to a finite float8_e4m3fn; torch keeps larger ones finite too."""
 
 
 def div(dividend: Tensor, divisor: Tensor) -> Tensor:
@@ -26,7 +29,9 @@ def mod(dividend: Tensor, divisor: Tensor, *, fmod: int = 0) -> Tensor:
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:
     """``base ** exponent`` in the type of ``base``."""
-    return torch.pow(base, exponent).to(base.dtype)
+    # Torch gives numbers without axes the type of the other operand.
+    wide = torch.promote_types(base.dtype, exponent.dtype)
+    return torch.pow(base.to(wide), exponent.to(wide)).to(base.dtype)
 
 
 def clip(x: Tensor, minimum: Tensor | None = None, maximum: Tensor | None = None) -> Tensor:
@@ -62,8 +67,12 @@ def bit_shift(x: Tensor, bits: Tensor, *, direction: str) -> Tensor:
 
 
 def cast(x: Tensor, *, to: torch.dtype, saturate: int = 1) -> Tensor:
-    """Convert; floats to integers towards zero. ``saturate`` only matters for 8-bit floats."""
-    del saturate
+    """Convert; floats to integers towards zero. ``saturate`` keeps 8-bit floats finite."""
+    if to.is_floating_point and to.itemsize == 1 and x.dtype != torch.bool:
+        if saturate:
+            x = x.clamp(-torch.finfo(to).max, torch.finfo(to).max)
+        elif to == torch.float8_e4m3fn:
+            x = torch.where(x.abs() > _E4M3FN_END, math.nan, x)
     return x.to(to)
 
 
@@ -79,7 +88,7 @@ def is_infinite(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1
 
 
 def dropout(
-    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0
+    x: Tensor, ratio: Tensor | None = None, training: Tensor | bool | None = None, *, seed: int = 0
 ) -> Tensor:
     """x itself.
 
@@ -117,6 +126,34 @@ def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.elu(x, alpha)
 
 
+def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """``x`` where positive, ``alpha · (exp(x / alpha) − 1)`` elsewhere."""
+    return F.celu(x, alpha)
+
+
+def selu(
+    x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> Tensor:
+    """``gamma`` times `elu`."""
+    return gamma * F.elu(x, alpha)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``; torch's own is x itself from 20 on, which float64 can tell apart."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """``x`` where it is more than ``alpha``, 0 elsewhere."""
+    return torch.where(x > alpha, x, 0)
+
+
+def shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
+    """``x`` moved towards 0 by ``bias``, and 0 between ``−lambd`` and ``lambd``."""
+    moved = torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, 0))
+    return moved.to(x.dtype)
+
+
 def hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
     """``clip(alpha · x + beta, 0, 1)``."""
     return torch.clamp(alpha * x + beta, 0, 1)
@@ -139,13 +176,14 @@ OPS = standard(
         "BitwiseOr": torch.bitwise_or,
         "BitwiseXor": torch.bitwise_xor,
         "Cast": cast,
-        "CastLike": cast_like,
+        "CastLike": Lowering(cast_like, like=1),
         "Ceil": torch.ceil,
+        "Celu": celu,
         "Clip": clip,
         "Cos": torch.cos,
         "Cosh": torch.cosh,
         "Div": div,
-        "Dropout": dropout,
+        "Dropout": Lowering(dropout, integers=(2,)),
         "Elu": elu,
         "Equal": torch.eq,
         "Erf": torch.erf,
@@ -176,11 +214,13 @@ OPS = standard(
         "Reciprocal": torch.reciprocal,
         "Relu": torch.relu,
         "Round": torch.round,
+        "Selu": selu,
+        "Shrink": shrink,
         "Sigmoid": torch.sigmoid,
         "Sign": torch.sign,
         "Sin": torch.sin,
         "Sinh": torch.sinh,
-        "Softplus": F.softplus,
+        "Softplus": softplus,
         "Softsign": F.softsign,
         "Sqrt": torch.sqrt,
         "Sub": torch.sub,
@@ -188,6 +228,7 @@ OPS = standard(
         "Swish": swish,
         "Tan": torch.tan,
         "Tanh": torch.tanh,
+        "ThresholdedRelu": thresholded_relu,
         "Where": torch.where,
         "Xor": torch.logical_xor,
     }

@@ -1,4 +1,4 @@
-"""Convolutions, pooling and resizing of [N, C, …] features."""
+"""Convolutions of [N, C, spatial…] features, and sampling images at given places."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ...ir.errors import TargetError
 from .registry import Integers, Lowering, as_integers, standard
+from .windows import flat, halves, padding, spread
 
 Tensor = torch.Tensor
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_INTERPOLATIONS = {
-    ("nearest", "asymmetric"): "nearest",
-    ("linear", "half_pixel"): "centres",
-    ("linear", "pytorch_half_pixel"): "centres",
-    ("linear", "align_corners"): "corners",
-}
-"""(mode, coordinate transformation) that torch has too."""
-_AVERAGE_POOLS: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_MAX_POOLS: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+_SAMPLINGS = {"linear": "bilinear", "nearest": "nearest", "cubic": "bicubic"}
+"""ONNX's names for what torch calls the modes of `grid_sample`."""
 
 
 def conv(
@@ -40,139 +38,98 @@ def conv(
     del kernel_shape  # the weight has it
     rank = weight.ndim - 2
     stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
-    spread = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
-    x = F.pad(x, _padding(x.shape[2:], spread, stride, pads, auto_pad))
+    pairs = padding(x.shape[2:], spread(weight.shape[2:], dilation), stride, pads, auto_pad)
+    x = F.pad(x, flat(pairs))
     return _CONVOLUTIONS[rank - 1](x, weight, bias, stride=stride, dilation=dilation, groups=group)
 
 
-def max_pool(
+def conv_transpose(
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    kernel_shape: Sequence[int],
     auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
     dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    storage_order: int = 0,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """The maximum in each window."""
-    del storage_order  # of the second output, which is not lowered
-    rank = len(kernel_shape)
+    """The transpose of a convolution with [C, out / group, kernel…]; ``pads`` are cut off its result.
+
+    ``output_padding`` adds to the end of the result, and ``output_shape`` says which pads give it.
+    """
+    del kernel_shape  # the weight has it
+    rank = weight.ndim - 2
     stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
-    spread = [(size - 1) * step + 1 for size, step in zip(kernel_shape, dilation, strict=True)]
-    amounts = _padding(x.shape[2:], spread, stride, pads, auto_pad)
-    x = F.pad(x, amounts, value=-math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min)
-    pool = _MAX_POOLS[rank - 1]
-    return pool(x, list(kernel_shape), stride, dilation=dilation, ceil_mode=bool(ceil_mode))
+    whole = _TRANSPOSED[rank - 1](x, weight, stride=stride, dilation=dilation, groups=group)
+    added = list(output_padding or [0] * rank)
+    if output_shape is None and auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        output_shape = [size * step for size, step in zip(x.shape[2:], stride, strict=True)]
+    if output_shape is None:
+        pairs = padding(x.shape[2:], [], stride, pads, auto_pad)
+    else:
+        totals = (
+            size + more - wanted
+            for size, more, wanted in zip(whole.shape[2:], added, output_shape[-rank:], strict=True)
+        )
+        pairs = [halves(total, auto_pad) for total in totals]
+    cut = [(-before, more - after) for (before, after), more in zip(pairs, added, strict=True)]
+    result = F.pad(whole, flat(cut))
+    return result if bias is None else result + bias.reshape([-1] + [1] * rank)
 
 
-def average_pool(
-    x: Tensor,
+def columns_to_image(
+    columns: Tensor,
+    image_shape: Integers,
+    block_shape: Integers,
     *,
-    kernel_shape: Sequence[int],
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    count_include_pad: int = 0,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """The mean of each window, over its real elements, or with the padding's zeros.
-
-    Raises:
-        TargetError: the window is dilated.
-    """
-    rank = len(kernel_shape)
-    if any(step != 1 for step in dilations or []):
-        raise TargetError(f"torch-fx: AveragePool with dilations {list(dilations or [])} is not lowered")
-    stride = list(strides or [1] * rank)
-    amounts = _padding(x.shape[2:], kernel_shape, stride, pads, auto_pad)
-    counted = F.pad(torch.ones_like(x[:1, :1]), amounts, value=float(count_include_pad))
-    pool = _AVERAGE_POOLS[rank - 1]
-    means, shares = (
-        pool(values, list(kernel_shape), stride, ceil_mode=bool(ceil_mode))
-        for values in (F.pad(x, amounts), counted)
-    )
-    return means / shares
-
-
-def global_average_pool(x: Tensor) -> Tensor:
-    """The mean over the spatial dimensions, which stay with size 1."""
-    return x.mean(dim=list(range(2, x.ndim)), keepdim=True)
-
-
-def _padding(
-    sizes: Sequence[int], spread: Sequence[int], strides: Sequence[int], pads: Sequence[int] | None, mode: str
-) -> list[int]:
-    """The padding as `torch.nn.functional.pad` takes it: last dimension first."""
+    """[N, C · block, blocks] to [N, C, spatial…]: the sum of the blocks where they overlap."""
+    sizes, block = as_integers(image_shape), as_integers(block_shape)
     rank = len(sizes)
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        pairs = []
-        for size, window, stride in zip(sizes, spread, strides, strict=True):
-            total = max((-(-size // stride) - 1) * stride + window - size, 0)
-            smaller, larger = total // 2, total - total // 2
-            pairs.append((smaller, larger) if mode == "SAME_UPPER" else (larger, smaller))
-    elif mode == "VALID" or pads is None:
-        pairs = [(0, 0)] * rank
-    else:
-        pairs = list(zip(pads[:rank], pads[rank:], strict=True))
-    return [amount for pair in reversed(pairs) for amount in pair]
+    stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
+    pairs = padding(sizes, block, stride, pads, "NOTSET")
+    padded = [before + size + after for size, (before, after) in zip(sizes, pairs, strict=True)]
+    place = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=columns.device)
+    for axis, reach in enumerate(spread(block, dilation)):
+        inside = torch.arange(block[axis], device=columns.device) * dilation[axis]
+        starts = torch.arange(0, padded[axis] - reach + 1, stride[axis], device=columns.device)
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = len(inside), len(starts)
+        place = place * padded[axis] + (inside.unsqueeze(1) + starts).reshape(shape)
+    elements = columns.reshape(columns.shape[0], -1, place.numel())
+    image = columns.new_zeros(*elements.shape[:2], math.prod(padded)).index_add(
+        2, place.reshape(-1), elements
+    )
+    return F.pad(image.reshape(*image.shape[:2], *padded), [-amount for amount in flat(pairs)])
 
 
-def resize(
-    x: Tensor,
-    region: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Integers | None = None,
-    *,
-    mode: str = "nearest",
-    coordinate_transformation_mode: str = "half_pixel",
-    nearest_mode: str = "round_prefer_floor",
-    antialias: int = 0,
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    keep_aspect_ratio_policy: str = "stretch",
+def grid_sample(
+    x: Tensor, grid: Tensor, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros"
 ) -> Tensor:
-    """Resize images [N, C, …] to whole sizes as torch itself does: nearest (asymmetric, floor) or linear.
-
-    Raises:
-        TargetError: another way of interpolating, or batch and channels are resized too.
-    """
-    del region, cubic_coeff_a, exclude_outside, extrapolation_value  # of modes that are refused
-    wanted = _resized(x, scales, sizes)
-    transform = coordinate_transformation_mode
-    interpolation = _INTERPOLATIONS.get((mode, transform), "")
-    known = bool(interpolation) and not antialias and keep_aspect_ratio_policy == "stretch"
-    known = known and (interpolation != "nearest" or nearest_mode == "floor")
-    if transform == "pytorch_half_pixel":
-        known = known and min(wanted[2:]) > 1  # a single pixel comes from the first one, and not the middle
-    if not known or list(x.shape[:2]) != wanted[:2]:
-        raise TargetError(f"torch-fx: Resize of {list(x.shape)} with {mode!r}, {transform!r} is not lowered")
-    if interpolation == "nearest":
-        return F.interpolate(x, wanted[2:], mode="nearest")
-    linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
-    return F.interpolate(x, wanted[2:], mode=linear, align_corners=interpolation == "corners")
+    """x at the places of ``grid`` [N, spatial…, rank], which has −1 and 1 at the borders."""
+    return F.grid_sample(
+        x, grid, mode=_SAMPLINGS[mode], padding_mode=padding_mode, align_corners=bool(align_corners)
+    )
 
 
-def _resized(x: Tensor, scales: Tensor | None, sizes: Integers | None) -> list[int]:
-    """The shape that is asked for."""
-    if sizes is not None:
-        return as_integers(sizes)
-    factors = [] if scales is None else scales.tolist()
-    products = [size * factor for size, factor in zip(x.shape, factors, strict=True)]
-    if any(product != math.floor(product) for product in products):
-        raise TargetError(f"torch-fx: Resize of {list(x.shape)} by {factors}: expected whole sizes")
-    return [int(product) for product in products]
+def affine_grid(theta: Tensor, size: Integers, *, align_corners: int = 0) -> Tensor:
+    """The places that the affine maps ``theta`` [N, rank, rank + 1] give the points of an image."""
+    return F.affine_grid(theta, as_integers(size), align_corners=bool(align_corners))
 
 
 OPS = standard(
     {
-        "AveragePool": average_pool,
+        "AffineGrid": Lowering(affine_grid, integers=(1,)),
+        "Col2Im": Lowering(columns_to_image, integers=(1, 2)),
         "Conv": conv,
-        "GlobalAveragePool": global_average_pool,
-        "MaxPool": max_pool,
-        "Resize": Lowering(resize, integers=(3,)),
+        "ConvTranspose": conv_transpose,
+        "GridSample": grid_sample,
     }
 )

@@ -30,12 +30,12 @@ def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
 
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     """The slices of x that the tuples in the last dimension of ``indices`` point at."""
-    if batch_dims:
-        batch = x.shape[:batch_dims]
-        pairs = zip(x.flatten(0, batch_dims - 1), indices.flatten(0, batch_dims - 1), strict=True)
-        picked = torch.stack([gather_nd(values, at) for values, at in pairs])
-        return picked.reshape(batch + picked.shape[1:])
-    return x[tuple(indices.long().unbind(-1))]
+    rank = indices.ndim - 1
+    batch = [
+        torch.arange(size, device=x.device).reshape([-1 if dim == axis else 1 for dim in range(rank)])
+        for axis, size in enumerate(x.shape[:batch_dims])
+    ]
+    return x[(*batch, *indices.long().unbind(-1))]
 
 
 def scatter_elements(
@@ -55,7 +55,7 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
     flat = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=x.device)
     for position, size in zip(indices.unbind(-1), sizes, strict=True):
         flat = flat * size + _wrap(position, size)
-    rows = x.reshape(sizes.numel(), -1)
+    rows = x.reshape(sizes.numel(), x.shape[depth:].numel())
     new = updates.reshape(flat.numel(), rows.shape[1])
     places = flat.reshape(-1, 1).expand_as(new)
     if reduction == "none":
@@ -80,6 +80,22 @@ def nonzero(x: Tensor) -> Tensor:
     return x.nonzero().T
 
 
+def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
+    """The slices along ``axis`` where ``condition`` holds; elements of the flat x without an axis."""
+    places = condition.nonzero().squeeze(1)
+    return x.reshape(-1)[places] if axis is None else x.index_select(axis, places)
+
+
+def reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
+    """Each sequence of a batch back to front, up to its length; what comes after it stays."""
+    steps = torch.arange(x.shape[time_axis], device=x.device)
+    ends = lengths.unsqueeze(1)
+    places = torch.where(steps < ends, ends - 1 - steps, steps)
+    places = places if batch_axis == 0 else places.T
+    places = places.reshape(places.shape + (1,) * (x.ndim - 2))
+    return torch.gather(x, time_axis, places.expand(x.shape))
+
+
 def top_k(
     x: Tensor,
     k: Integers,
@@ -102,11 +118,13 @@ def _wrap(indices: Tensor, size: int) -> Tensor:
 
 OPS = standard(
     {
+        "Compress": compress,
         "Gather": Lowering(gather, integers=(1,)),
         "GatherElements": gather_elements,
         "GatherND": gather_nd,
         "NonZero": nonzero,
         "OneHot": Lowering(one_hot, integers=(1,)),
+        "ReverseSequence": reverse_sequence,
         "ScatterElements": scatter_elements,
         "ScatterND": scatter_nd,
         "TopK": Lowering(top_k, integers=(1,), several=True),

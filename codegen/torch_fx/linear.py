@@ -1,4 +1,4 @@
-"""Products: MatMul, Gemm, Einsum."""
+"""Products and determinants of matrices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gemm(
 
 def einsum(*operands: Tensor, equation: str) -> Tensor:
     """The sum of products that ``equation`` describes."""
-    return torch.einsum(equation, *operands)
+    return torch.einsum(equation, *operands).to(operands[0].dtype)  # torch sums int32 up to int64
 
 
-OPS = standard({"Einsum": einsum, "Gemm": gemm, "MatMul": torch.matmul})
+OPS = standard({"Det": torch.linalg.det, "Einsum": einsum, "Gemm": gemm, "MatMul": torch.matmul})

@@ -28,6 +28,7 @@ from . import (
     norm,
     pool,
     quantized,
+    recurrent,
     reduce,
     resize,
     sequence,
@@ -46,6 +47,7 @@ _GROUPS = (
     norm,
     pool,
     quantized,
+    recurrent,
     reduce,
     resize,
     sequence,
@@ -361,9 +363,8 @@ def _is_list(tensor: ir.TensorProtocol, entry: Lowering) -> bool:
     """Whether a constant of a shape operand is handed over as numbers."""
     if entry.creates and tensor.dtype != ir.DataType.INT64:
         return False
-    if tensor.dtype == ir.DataType.BOOL or tensor.size > _LONGEST_LIST:
-        return False
-    return len(tensor.shape) <= 1 or tensor.size > 0  # a list of no lists has lost its second dimension
+    # A list of no lists has lost its second dimension.
+    return tensor.size <= _LONGEST_LIST and (len(tensor.shape) <= 1 or tensor.size > 0)
 
 
 def _op_name(key: OpKey) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ...ir.errors import TargetError
-from .registry import standard
+from .registry import Lowering, standard
 
 Tensor = torch.Tensor
 
@@ -22,7 +22,7 @@ def rms_normalization(
     stash_type: torch.dtype = torch.float32,
 ) -> Tensor:
     """``x / √(mean(x²) + epsilon) · scale``, the mean over ``axis`` and all dimensions after it."""
-    wide = x.to(stash_type)
+    wide = _at_least(x, stash_type)
     dims = list(range(axis % x.ndim, x.ndim))
     mean_square = (wide * wide).mean(dims, keepdim=True)
     return (wide * torch.rsqrt(mean_square + epsilon)).to(x.dtype) * scale
@@ -39,7 +39,7 @@ def layer_normalization(
 ) -> Tensor:
     """``(x − mean) / √(variance + epsilon) · scale + bias``, over ``axis`` and all dimensions after it."""
     shape = x.shape[axis % x.ndim :]
-    result = F.layer_norm(x.to(stash_type), shape, eps=epsilon).to(x.dtype) * scale
+    result = F.layer_norm(_at_least(x, stash_type), shape, eps=epsilon).to(x.dtype) * scale
     return result if bias is None else result + bias
 
 
@@ -54,15 +54,13 @@ def batch_normalization(
     momentum: float = 0.9,
     training_mode: int = 0,
 ) -> Tensor:
-    """Normalise each channel of [N, C, …] with the statistics given.
-
-    Raises:
-        TargetError: the node computes the statistics itself, in training mode.
-    """
-    del momentum  # of training
-    if training_mode:
-        raise TargetError("torch-fx: BatchNormalization in training mode is not lowered")
-    return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
+    """Normalise each channel of [N, C, …] with the statistics given."""
+    del momentum, training_mode  # of training, which is refused
+    # Torch's own function has no gradient with respect to the statistics.
+    factor = scale * torch.rsqrt(variance + epsilon)
+    shape = [-1] + [1] * (x.ndim - 2)
+    result = x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
+    return result.to(x.dtype)
 
 
 def group_normalization(
@@ -75,15 +73,31 @@ def group_normalization(
     stash_type: torch.dtype = torch.float32,
 ) -> Tensor:
     """Normalise groups of channels of [N, C, …]; scale and bias are [C]."""
-    result = F.group_norm(x.to(stash_type), num_groups, eps=epsilon).to(x.dtype)
+    result = torch.group_norm(_at_least(x, stash_type), num_groups, eps=epsilon).to(x.dtype)
     shape = [1, -1] + [1] * (x.ndim - 2)
     return result * scale.reshape(shape) + bias.reshape(shape)
 
 
 def instance_normalization(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Normalise each channel of each sample of [N, C, …]."""
-    result: Tensor = F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
-    return result
+    # Torch's own function refuses samples of one element.
+    return torch.group_norm(x, x.shape[1], scale, bias, eps=epsilon)
+
+
+def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
+    """``(x − mean) / (deviation + 1e-9)`` over ``axes``."""
+    dims = list(axes)
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True).sqrt() + 1e-9)
+
+
+def local_response_normalization(
+    x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0
+) -> Tensor:
+    """``x / (bias + alpha / size · Σ x²)^beta``, the sum over ``size`` channels around each one."""
+    squares = x.square().movedim(1, -1)
+    around = F.pad(squares, ((size - 1) // 2, size // 2)).unfold(-1, size, 1).sum(-1)
+    return x / (bias + alpha / size * around.movedim(-1, 1)) ** beta
 
 
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
@@ -93,13 +107,20 @@ def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     return result
 
 
+def _at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the precision asked for, or in its own if that is higher."""
+    return x.to(torch.promote_types(x.dtype, dtype))
+
+
 OPS = standard(
     {
-        "BatchNormalization": batch_normalization,
+        "BatchNormalization": Lowering(batch_normalization, only={"training_mode": 0}),
         "GroupNormalization": group_normalization,
         "InstanceNormalization": instance_normalization,
         "LayerNormalization": layer_normalization,
+        "LRN": local_response_normalization,
         "LpNormalization": lp_normalization,
+        "MeanVarianceNormalization": mean_variance_normalization,
         "RMSNormalization": rms_normalization,
     }
 )

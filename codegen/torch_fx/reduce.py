@@ -40,9 +40,14 @@ def reduce_sum(
 def reduce_mean(
     x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
-    """The mean over ``axes``, all by default."""
+    """The mean over ``axes``, all by default; of integers, cut to one."""
     dims = _dims(x, axes, noop_with_empty_axes)
-    return x.mean(dims, keepdim=bool(keepdims)) if dims else x
+    if not dims:
+        return x
+    if x.is_floating_point():
+        return x.mean(dims, keepdim=bool(keepdims))
+    total = x.sum(dims, keepdim=bool(keepdims), dtype=x.dtype)
+    return torch.div(total, math.prod(x.shape[dim] for dim in dims), rounding_mode="trunc")
 
 
 def reduce_max(
@@ -70,7 +75,7 @@ def reduce_prod(
 ) -> Tensor:
     """The product over ``axes``, all by default."""
     for dim in sorted(_dims(x, axes, noop_with_empty_axes), reverse=True):
-        x = x.prod(dim, keepdim=bool(keepdims))
+        x = x.prod(dim, keepdim=bool(keepdims), dtype=x.dtype)
     return x
 
 
@@ -85,7 +90,8 @@ def reduce_l2(
     x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
     """The Euclidean norm over ``axes``."""
-    return reduce_sum_square(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes).sqrt()
+    squares = reduce_sum_square(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes)
+    return squares.sqrt().to(x.dtype)
 
 
 def reduce_sum_square(
@@ -99,7 +105,8 @@ def reduce_log_sum(
     x: Tensor, axes: Integers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
     """The logarithm of the sum over ``axes``."""
-    return reduce_sum(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes).log()
+    total = reduce_sum(x, axes, keepdims=keepdims, noop_with_empty_axes=noop_with_empty_axes)
+    return total.log().to(x.dtype)
 
 
 def reduce_log_sum_exp(
@@ -107,7 +114,7 @@ def reduce_log_sum_exp(
 ) -> Tensor:
     """The logarithm of the sum of exponentials over ``axes``."""
     dims = _dims(x, axes, noop_with_empty_axes)
-    return torch.logsumexp(x, dims, keepdim=bool(keepdims)) if dims else x
+    return torch.logsumexp(x, dims, keepdim=bool(keepdims)).to(x.dtype) if dims else x
 
 
 def arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
@@ -130,9 +137,15 @@ def cumulative_sum(x: Tensor, axis: Integers, *, exclusive: int = 0, reverse: in
     """The running sum along ``axis``; ``exclusive`` leaves out the element itself."""
     (dim,) = as_integers(axis)
     x = x.flip(dim) if reverse else x
+    if exclusive and x.shape[dim]:
+        x = torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
     total = x.cumsum(dim, dtype=x.dtype)
-    total = total - x if exclusive else total
     return total.flip(dim) if reverse else total
+
+
+def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """1 at the first maximum along ``axis``, 0 elsewhere."""
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
 
 
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
@@ -150,6 +163,7 @@ OPS = standard(
         "ArgMax": arg_max,
         "ArgMin": arg_min,
         "CumSum": Lowering(cumulative_sum, integers=(1,)),
+        "Hardmax": hardmax,
         "LogSoftmax": log_softmax,
         "ReduceL1": Lowering(reduce_l1, integers=(1,)),
         "ReduceL2": Lowering(reduce_l2, integers=(1,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,10 @@ def strided_slice(
     axes: Integers | None = None,
     steps: Integers | None = None,
 ) -> Tensor:
-    """``x[start:end:step]`` along each of ``axes``, as in numpy, negative steps included."""
+    """``x[start:end:step]`` along each of ``axes``, as in numpy, negative steps included.
+
+    Unlike in numpy, a negative step from before the first element starts at it.
+    """
     first, last = as_integers(starts), as_integers(ends)
     along = list(range(len(first))) if axes is None else as_integers(axes)
     strides = [1] * len(first) if steps is None else as_integers(steps)
@@ -82,7 +86,10 @@ def strided_slice(
         if step > 0:
             index[axis] = slice(start, end, step)
         else:
-            backwards = range(x.shape[axis])[start:end:step]
+            size = x.shape[axis]
+            start = min(max(start + size if start < 0 else start, 0), size - 1)
+            end = max(end + size, -1) if end < 0 else end
+            backwards = range(start, end, step)
             x = x.index_select(axis, torch.tensor(backwards, dtype=torch.int64, device=x.device))
     return x[tuple(index)]
 
@@ -110,7 +117,11 @@ def pad(
     widths = dict(zip(along, zip(amounts[: len(along)], amounts[len(along) :], strict=True), strict=True))
     if mode == "constant":
         flat = [width for axis in reversed(range(x.ndim)) for width in widths.get(axis, (0, 0))]
-        return F.pad(x, flat, value=0 if value is None else value.item())
+        padded = F.pad(x, flat)
+        if value is None:
+            return padded
+        real = F.pad(torch.ones_like(x, dtype=torch.bool), flat)
+        return torch.where(real, padded, value)
     for axis, (before, after) in widths.items():
         x = x.index_select(axis, _padded_positions(x.shape[axis], before, after, mode, x.device))
     return x
@@ -140,12 +151,15 @@ def size_of(x: Tensor) -> Tensor:
 def value_range(
     start: Tensor | int, limit: Tensor | int, delta: Tensor | int, *, device: str = "cpu"
 ) -> Tensor:
-    """``start, start + delta, …`` up to but without ``limit``."""
+    """``start, start + delta, …`` up to but without ``limit``; nothing if delta leads away from it."""
     operands = (start, limit, delta)
     tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
-    bounds = [operand.item() if isinstance(operand, torch.Tensor) else operand for operand in operands]
+    first, end, step = (
+        operand.item() if isinstance(operand, torch.Tensor) else operand for operand in operands
+    )
     dtype = tensors[0].dtype if tensors else torch.int64
-    return torch.arange(*bounds, dtype=dtype, device=device)
+    count = math.ceil((end - first) / step) if dtype.is_floating_point else -((first - end) // step)
+    return first + torch.arange(max(count, 0), dtype=dtype, device=device) * step
 
 
 def constant_of_shape(
@@ -176,6 +190,13 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, -1, height * blocksize, width * blocksize)
 
 
+def space_to_depth(x: Tensor, *, blocksize: int) -> Tensor:
+    """[N, C, H·b, W·b] to [N, b²·C, H, W]."""
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, channels, height // blocksize, blocksize, width // blocksize, blocksize)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, height // blocksize, width // blocksize)
+
+
 OPS = standard(
     {
         "Concat": concat,
@@ -190,6 +211,7 @@ OPS = standard(
         "Shape": shape_of,
         "Size": size_of,
         "Slice": Lowering(strided_slice, integers=(1, 2, 3, 4)),
+        "SpaceToDepth": space_to_depth,
         "Split": Lowering(split, integers=(1,), several=True),
         "Squeeze": Lowering(squeeze, integers=(1,)),
         "Tile": Lowering(tile, integers=(1,)),

@@ -32,6 +32,8 @@ DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.INT4: torch.int8,
     ir.DataType.UINT4: torch.uint8,
 }
+_EXTENSION = 2
+"""``isbuiltin`` of a type that numpy only knows through an extension."""
 _BITS = {1: np.int8, 2: np.int16}
 """Integers of the width of the float types that numpy only knows through an extension."""
 
@@ -53,7 +55,7 @@ def from_array(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> tor
     ``dtype`` is the torch type of the array's elements, by default that of its numpy type.
     """
     dtype = dtype or DTYPES[ir.DataType.from_numpy(array.dtype)]
-    if array.dtype.kind not in "biuf":  # an extension of numpy: same bits, or integers narrower than a byte
+    if array.dtype.isbuiltin == _EXTENSION:  # same bits, or integers narrower than a byte
         narrow = not dtype.is_floating_point
         array = array.astype(np.int16).astype(_BITS[1]) if narrow else array.view(_BITS[dtype.itemsize])
     if not array.flags.c_contiguous:
