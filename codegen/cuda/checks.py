@@ -1,10 +1,10 @@
 """How close kernels come to float64, wherever they run: one case after the other, with random numbers.
 
     rounded   the share of outputs that are the result of float64, rounded to their type
-    within    the share of those and of their two neighbours
+    within    the share of outputs between the results less and plus u, rounded;  u = 2⁻²³ · Σ |terms|
 
-Integers of quantised rows count as numbers whose neighbours are 1 away; their scales are checked to float32's
-rounding. A weight is what the kernel multiplies by, rounded to 16 bits as dequantising it would be.
+u is one unit in the last place of float32, in which kernels add, at the sum of the magnitudes of what they
+add. A weight is what the kernel multiplies by, rounded to 16 bits as dequantising it would be.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .rows import Quantization, Rows
 Tensor = torch.Tensor
 
 _HALF, _BFLOAT, _FLOAT = torch.float16, torch.bfloat16, torch.float32
-_SCALE_ERROR = 2.0**-21
+_ULP = 2.0**-23
+"""Of float32, at 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +87,11 @@ def agreements(launcher: Launcher, gpu: Gpu, sizes: Sizes, device: str = "cpu") 
         yield from _attention(launcher, gpu, sizes)
 
 
-def _compared(kernel: str, case: str, found: Tensor, exact: Tensor) -> Agreement:
-    steps = _steps(found, exact.to(found.dtype))
-    shares = [float((steps <= most).double().mean()) for most in (0, 1)]
-    return Agreement(kernel, case, found.numel(), *shares)
-
-
-def _steps(found: Tensor, expected: Tensor) -> Tensor:
-    """How many numbers of their type lie between two tensors'."""
-    if not found.dtype.is_floating_point:
-        return (found.int() - expected.int()).abs()
-    integers = torch.int16 if found.dtype.itemsize == 2 else torch.int32
-    sign = torch.iinfo(integers).min
-    ordered = []
-    for tensor in (found, expected):
-        bits = tensor.view(integers).long()
-        ordered.append(torch.where(bits < 0, sign - bits, bits))
-    return (ordered[0] - ordered[1]).abs()
+def _compared(kernel: str, case: str, found: Tensor, exact: Tensor, terms: Tensor) -> Agreement:
+    low, middle, high = ((exact + sign * _ULP * terms).to(found.dtype) for sign in (-1, 0, 1))
+    rounded = float((found == middle).double().mean())
+    within = float(((found >= low) & (found <= high)).double().mean())
+    return Agreement(kernel, case, found.numel(), rounded, within)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -123,10 +112,17 @@ def _w4a16(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agree
         weight = w4a16.dequantized(packed)
         if isinstance(plan, w4a16.Plan):
             found = w4a16.run(plan, launcher, x, packed, bias)
-            yield _compared("w4a16", case, found, x.double() @ weight.double() + bias.double())
+            yield _compared("w4a16", case, found, *_product(x, weight, bias))
         if m == sizes.m[0]:
             found = w4a16.dequantize(launcher, packed)
-            yield _compared("dequantize", case, found, weight.double())
+            yield _compared("dequantize", case, found, weight.double(), weight.double().abs())
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the sum of the magnitudes of its terms."""
+    added = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()
+    x, weight = x.double(), weight.double()
+    return x @ weight + added, x.abs() @ weight.abs() + added.abs()
 
 
 def _sparse(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agreement]:
@@ -141,8 +137,8 @@ def _sparse(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agre
         if isinstance(plan, w4a16.Plan):
             found = sparse_w4a16.run(plan, launcher, x, packed, None)
             case = f"{_name(dtype)}, group {group_size}, {m} × {n} × {k}"
-            exact = x.double() @ sparse_w4a16.dequantized(packed).double()
-            yield _compared("sparse_w4a16", case, found, exact)
+            product = _product(x, sparse_w4a16.dequantized(packed))
+            yield _compared("sparse_w4a16", case, found, *product)
 
 
 def _w8a8(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agreement]:
@@ -158,51 +154,73 @@ def _w8a8(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agreem
             # Results of random integers would overflow 16 bits.
             x_scales = x_scales / k
             found = w8a8.run(plan, launcher, x, x_scales, packed, None, dtype)
-            exact = w8a8.reference(x, x_scales, packed, None, torch.float64)
+            scales = packed.scales[:groups, :n].double() * (16 if bits == 4 else 1)
+            weight = integers.double() * scales.repeat_interleave(group_size or k, dim=0)[:k]
             case = f"int{bits} weights, {_name(dtype)}, group {group_size or 'all'}, {m} × {n} × {k}"
-            yield _compared("w8a8", case, found, exact)
+            product = _product(x.double() * x_scales[:, None], weight)
+            yield _compared("w8a8", case, found, *product)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowCase:
+    """A kernel over rows, which takes a quantisation; its result in float64, and its terms' magnitudes."""
+
+    run: Callable[..., Rows]
+    exact: Tensor
+    terms: Tensor
 
 
 def _rows(launcher: Launcher, sizes: Sizes) -> Iterator[Agreement]:
     for dtype in (_HALF, _BFLOAT, _FLOAT):
-        for kind, (exact, run) in _kinds(launcher, sizes.row, dtype).items():
-            case = f"{_name(dtype)}, 5 × {sizes.row}"
-            yield _compared(kind.split()[0], f"{kind}, {case}", run(quantization=None).values, exact)
+        for kind, one in _row_cases(launcher, sizes.row, dtype).items():
+            kernel, case = kind.split()[0], f"{_name(dtype)}, 5 × {sizes.row}"
+            stored = one.run(quantization=None).values
+            yield _compared(kernel, f"{kind}, {case}", stored, one.exact, one.terms)
             for quantization in (Quantization(), Quantization(levels=7, clip=0.9)):
-                yield _quantized(kind, case, run(quantization=quantization), exact, quantization)
+                bits = (quantization.levels + 1).bit_length()
+                yield _quantized(kernel, f"{kind} to int{bits}, {case}", one, quantization)
 
 
-def _kinds(launcher: Launcher, n: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Callable[..., Rows]]]:
-    """By name: the result in float64, and the kernel, which takes a quantisation."""
+def _row_cases(launcher: Launcher, n: int, dtype: torch.dtype) -> dict[str, _RowCase]:
     x, gate_up = torch.randn(5, n).to(dtype), torch.randn(5, 2 * n).to(dtype)
     weight, bias = (torch.randn(n).to(dtype) for _ in range(2))
-    found: dict[str, tuple[Tensor, Callable[..., Rows]]] = {}
+    cases = {}
     for kind in rows.NORMS:
         added = bias.double() if kind == "layer" else None
         exact = rows.normalize_reference(x.double(), weight.double(), added, kind=kind, epsilon=1e-5)
         run = functools.partial(rows.normalize, launcher, x, weight, bias, kind=kind, epsilon=1e-5)
-        found[f"normalize {kind}"] = exact, run
-    found["swiglu"] = (
-        rows.swiglu_reference(gate_up.double()),
-        functools.partial(rows.swiglu, launcher, gate_up),
+        terms = exact.abs()
+        if added is not None:
+            means, stds = x.double().mean(-1, keepdim=True), x.double().std(-1, keepdim=True)
+            terms = (x.double().abs() + means.abs()) / stds * weight.double().abs() + added.abs()
+        cases[f"normalize {kind}"] = _RowCase(run, exact, terms)
+    exact = rows.swiglu_reference(gate_up.double())
+    cases["swiglu"] = _RowCase(functools.partial(rows.swiglu, launcher, gate_up), exact, exact.abs())
+    signs, scale = _paley(28), n**-0.5
+    cases["hadamard"] = _RowCase(
+        functools.partial(rows.transform, launcher, x, rows.packed_signs(signs), scale=scale),
+        rows.transform_reference(x.double(), signs, scale=scale),
+        x.double().abs().sum(-1, keepdim=True) * scale,
     )
-    signs = _paley(28)
-    found["hadamard"] = (
-        rows.transform_reference(x.double(), signs, scale=n**-0.5),
-        functools.partial(rows.transform, launcher, x, rows.packed_signs(signs), scale=n**-0.5),
-    )
-    return found
+    return cases
 
 
-def _quantized(kind: str, case: str, found: Rows, exact: Tensor, quantization: Quantization) -> Agreement:
-    scales = quantization.clip * exact.abs().amax(-1) / quantization.levels
+def _quantized(kernel: str, case: str, one: _RowCase, quantization: Quantization) -> Agreement:
+    """Integers, whose row's scale is as far from the exact one as its terms allow; else the row is wrong."""
+    found = one.run(quantization=quantization)
     assert found.scales is not None
-    # A wrong scale is a wrong row.
-    right = ((found.scales.double() / scales - 1).abs() <= _SCALE_ERROR)[:, None]
-    ideal = (exact / scales[:, None]).round().clamp(-quantization.levels - 1, quantization.levels)
-    values = torch.where(right, found.values.int(), 1 << 20)
-    bits = (quantization.levels + 1).bit_length()
-    return _compared(kind.split()[0], f"{kind} to int{bits}, {case}", values, ideal)
+    scales = (quantization.clip * one.exact.abs().amax(-1) / quantization.levels)[:, None]
+    share = 4 * _ULP * (one.terms.amax(-1) / one.exact.abs().amax(-1))[:, None]
+    right = (found.scales[:, None].double() / scales - 1).abs() <= share
+    low, middle, high = (
+        ((one.exact + sign * (_ULP * one.terms + share * one.exact.abs())) / scales)
+        .round()
+        .clamp(-quantization.levels - 1, quantization.levels)
+        for sign in (-1, 0, 1)
+    )
+    rounded = float(((found.values == middle) & right).double().mean())
+    within = float(((found.values >= low) & (found.values <= high) & right).double().mean())
+    return Agreement(kernel, case, found.values.numel(), rounded, within)
 
 
 def _paley(order: int) -> Tensor:
@@ -245,7 +263,7 @@ def _attention(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> Iterator[Agreement
         if isinstance(plan, decode_attention.Plan):
             found = decode_attention.run(plan, launcher, query, cache, lengths)
             case = f"{_name(dtype)}, {bits} bits, {kv_heads * group} heads, {sizes.tokens} tokens"
-            yield _compared("decode_attention", case, found, _attended(query, cache, lengths))
+            yield _compared("decode_attention", case, found, *_attended(query, cache, lengths))
 
 
 def _stored(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> Tensor:
@@ -256,18 +274,21 @@ def _stored(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> Tensor:
     return decode_attention.pack_four_bits(integers) if bits == 4 else integers
 
 
-def _attended(query: Tensor, cache: decode_attention.Cache, lengths: Tensor) -> Tensor:
-    """In float64, a text at a time."""
-    found = []
+def _attended(query: Tensor, cache: decode_attention.Cache, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64, a text at a time; and its terms, with those of the scores in the exponents."""
+    found, terms = [], []
     for text, length in enumerate(lengths.tolist()):
         keys, values = (
             _wide(stored, scale)[text, :, :length]
             for stored, scale in ((cache.keys, cache.key_scale), (cache.values, cache.value_scale))
         )
         grouped = query[text].double().view(cache.kv_heads, -1, cache.head_size)
-        weights = torch.softmax(grouped @ keys.mT * cache.head_size**-0.5, dim=-1)
+        scale = cache.head_size**-0.5
+        weights = torch.softmax(grouped @ keys.mT * scale, dim=-1)
         found.append((weights @ values).flatten(0, 1))
-    return torch.stack(found)
+        magnitudes = (grouped.abs() @ keys.abs().mT * scale).amax(-1, keepdim=True)
+        terms.append((weights @ values.abs() * (1 + magnitudes)).flatten(0, 1))
+    return torch.stack(found), torch.stack(terms)
 
 
 def _wide(stored: Tensor, scale: Tensor | None) -> Tensor:

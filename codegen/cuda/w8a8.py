@@ -17,6 +17,7 @@ import dataclasses
 
 import torch
 
+from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
 
@@ -26,6 +27,10 @@ TILE_K, SLAB_ROWS, SLAB_COLUMNS = 128, 32, 64
 _WARPS_N, _STAGES = 4, 3
 BLOCK_COLUMNS = SLAB_COLUMNS * _WARPS_N
 _THREADS = 32 * _WARPS_N
+_TILES_M = (16, 32, 64)
+"""What plans choose from: rows of a block; of equal ones the first."""
+_UNPACKING, _ADDING = 0.4, 2.0
+"""Instructions that a lane has for each weight of 4 bits, and to add the sum of a group to the others."""
 _SHIFTED_BY_FOUR = 16.0
 
 
@@ -163,7 +168,14 @@ def plan(
     if reason:
         return Fallback(reason)
     # Groups need a second set of sums, for which there are no registers beside those of 64 rows.
-    tile_m = 16 if m <= 16 else 32 if m <= 32 or group_size else 64
+    tiles = [tile_m for tile_m in _TILES_M if tile_m < 64 or not group_size]
+    found = [_tiled(m, n, tile_m, group_size, bits, dtype, bias) for tile_m in tiles]
+    return min(
+        found, key=lambda launch: predicted(launch, m, n, k, group_size=group_size, bits=bits, gpu=gpu)
+    )
+
+
+def _tiled(m: int, n: int, tile_m: int, group_size: int, bits: int, dtype: torch.dtype, bias: bool) -> Launch:
     kernel = Kernel(
         "w8a8",
         (
@@ -180,6 +192,33 @@ def plan(
     )
     grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), 1)
     return Launch(kernel, grid, _THREADS, shared_bytes(tile_m, bits))
+
+
+def weight_bytes(n: int, k: int, *, group_size: int, bits: int) -> int:
+    """Of a packed weight, padded."""
+    columns, rows = _up(n, BLOCK_COLUMNS), _up(k, TILE_K)
+    groups = 1 if not group_size else -(-rows // group_size)
+    return rows * columns * bits // 8 + groups * columns * 4
+
+
+def predicted(launch: Launch, m: int, n: int, k: int, *, group_size: int, bits: int, gpu: Gpu) -> float:
+    """Seconds of a launch, see `planish.codegen.cuda.predict`."""
+    columns, rows, _ = launch.grid
+    tile_m = int(dict(launch.kernel.constants)["TILE_M"])
+    weight = weight_bytes(n, k, group_size=group_size, bits=bits)
+    weights_of_a_row = float(columns * BLOCK_COLUMNS * _up(k, TILE_K))
+    sums = rows * tile_m * columns * BLOCK_COLUMNS * (k / group_size if group_size else 0.0)
+    work = predict.Work(
+        bytes=weight + m * k + 2.0 * m * n,
+        cached_bytes=float(weight * rows + m * k * columns),
+        operations=2.0 * rows * tile_m * weights_of_a_row,
+        lane_operations=rows * weights_of_a_row * (_UNPACKING if bits == 4 else 0.0) + sums * _ADDING,
+        blocks=columns * rows,
+        threads=launch.threads,
+        shared_bytes=launch.shared_bytes,
+        flying_bytes=launch.shared_bytes * (_STAGES - 1) // _STAGES,
+    )
+    return predict.launched(predict.seconds(work, gpu.int8_rate, gpu))
 
 
 def _reason_not_to(m: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
