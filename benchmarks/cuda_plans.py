@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from planish.codegen.cuda import predict, w4a16, w8a8
 from planish.codegen.cuda.hardware import GPUS, Gpu
+from planish.codegen.cuda.products import Fallback, Plan
 
 GROUP = 128
 LAYERS = {
@@ -31,7 +32,7 @@ def line(name: str, n: int, k: int, m: int, gpu: Gpu) -> str:
     weight = w4a16.weight_bytes(n, k, **sizes)
     least = weight + 2 * m * (k + n)
     ideal = predict.roofline(least, 2.0 * m * n * k, gpu.half_rate, gpu)
-    if isinstance(plan, w4a16.Plan):
+    if isinstance(plan, Plan):
         tile = dict(plan.product.kernel.constants)["TILE_M"]
         chosen = f"{tile} rows" + (f", {plan.splits} parts" if plan.splits > 1 else "")
         seconds = w4a16.predicted(plan, m, n, k, **sizes, gpu=gpu)
@@ -41,7 +42,7 @@ def line(name: str, n: int, k: int, m: int, gpu: Gpu) -> str:
         seconds = w4a16.predicted_by_library(m, n, k, **sizes, gpu=gpu)
     half = predict.launched(predict.by_library(m, n, k, 2, gpu.half_rate, gpu))
     launch = w8a8.plan(m, n, k, group_size=0, bits=8, dtype=torch.float16, bias=False, gpu=gpu)
-    assert not isinstance(launch, w8a8.Fallback)
+    assert not isinstance(launch, Fallback)
     w8 = w8a8.predicted(launch, m, n, k, group_size=0, bits=8, gpu=gpu)
     return (
         f"| {name} | {m:,} | {chosen} | {moved / 1e6:,.1f} | {ideal * 1e6:,.1f} | {seconds * 1e6:,.1f} "

@@ -18,6 +18,7 @@ import torch
 from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .hardware import Gpu
 from .kernel import Launcher
+from .products import Plan
 from .rows import Quantization, Rows
 
 Tensor = torch.Tensor
@@ -110,7 +111,7 @@ def _w4a16(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agree
         plan = w4a16.plan(m, n, k, group_size=group_size, dtype=dtype, shifted=shifted, bias=True, gpu=gpu)
         case = f"{_name(dtype)}, group {group_size or 'all'}{', zero points' * shifted}, {m} × {n} × {k}"
         weight = w4a16.dequantized(packed)
-        if isinstance(plan, w4a16.Plan):
+        if isinstance(plan, Plan):
             found = w4a16.run(plan, launcher, x, packed, bias)
             yield _compared("w4a16", case, found, *_product(x, weight, bias))
         if m == sizes.m[0]:
@@ -134,7 +135,7 @@ def _sparse(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agre
         packed = sparse_w4a16.pack(integers, scales, group_size)
         x = torch.randn(m, k).to(dtype)
         plan = sparse_w4a16.plan(m, n, k, group_size=group_size, dtype=dtype, bias=False, gpu=gpu)
-        if isinstance(plan, w4a16.Plan):
+        if isinstance(plan, Plan):
             found = sparse_w4a16.run(plan, launcher, x, packed, None)
             case = f"{_name(dtype)}, group {group_size}, {m} × {n} × {k}"
             product = _product(x, sparse_w4a16.dequantized(packed))
@@ -150,7 +151,7 @@ def _w8a8(launcher: Launcher, gpu: Gpu, m: int, sizes: Sizes) -> Iterator[Agreem
         packed = w8a8.pack(integers, torch.rand(groups, n) + 0.5, group_size=group_size, bits=bits)
         x, x_scales = torch.randint(-127, 128, (m, k), dtype=torch.int8), torch.rand(m) + 0.5
         plan = w8a8.plan(m, n, k, group_size=group_size, bits=bits, dtype=dtype, bias=False, gpu=gpu)
-        if not isinstance(plan, w8a8.Fallback):
+        if isinstance(plan, Plan):
             # Results of random integers would overflow 16 bits.
             x_scales = x_scales / k
             found = w8a8.run(plan, launcher, x, x_scales, packed, None, dtype)

@@ -24,7 +24,7 @@ import torch
 
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
-from .w4a16 import Fallback, Plan
+from .products import Fallback, Plan, addition, run_product
 
 Tensor = torch.Tensor
 
@@ -42,7 +42,6 @@ _STAGES = {8: 4, 16: 4, 32: 4, 64: 3}
 """By the rows of x of a block: as many as fit beside each other on a GPU with 99 KB of shared memory."""
 _FEWEST_TILES = 4
 """Tiles along K that a block has at least when a product is split."""
-_ADD_THREADS = 128
 _MOST_BLOCKS = 65535
 """Along an axis of a grid that is not its first."""
 _AT_ONCE = 8
@@ -230,16 +229,11 @@ def plan(
         ),
     )
     product = Launch(kernel, (columns, rows, splits), _THREADS, shared_bytes(tile_m, group_size))
-    return Plan(product, splits, _addition(m, n, dtype, bias) if splits > 1 else None)
+    return Plan(product, splits, addition(m, _up(n, _AT_ONCE), dtype, bias=bias) if splits > 1 else None)
 
 
 def _tile_m(m: int) -> int:
     return next((rows for rows in _STAGES if m <= rows), max(_STAGES))
-
-
-def _addition(m: int, n: int, dtype: torch.dtype, bias: bool) -> Launch:
-    kernel = Kernel("add_parts", (("ELEMENT", ELEMENTS[dtype]), ("BIAS", int(bias))))
-    return Launch(kernel, (-(-_up(n, _AT_ONCE) // (2 * _ADD_THREADS)), m, 1), _ADD_THREADS)
 
 
 def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
@@ -273,11 +267,6 @@ def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: T
     m, n, k = len(x), _up(packed.columns, _AT_ONCE), _up(packed.rows, _AT_ONCE)
     bias = None if bias is None else padded(bias, n)
     y = x.new_empty(m, n)
-    parts = None
-    if plan.splits > 1:
-        parts = torch.empty(plan.splits, m, n, dtype=torch.float32, device=x.device)
-    operands: list[Argument] = [padded(x, k), packed.weights, packed.scales, bias, y, parts]
-    launcher.launch(plan.product, [*operands, m, n, k, packed.scales.shape[1]])
-    if plan.addition is not None:
-        launcher.launch(plan.addition, [parts, bias, y, m, n, plan.splits])
+    operands: list[Argument] = [padded(x, k), packed.weights, packed.scales, bias]
+    run_product(plan, launcher, operands, bias, y, k, packed.scales.shape[1])
     return y if n == packed.columns else y[:, : packed.columns].contiguous()

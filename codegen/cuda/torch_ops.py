@@ -17,6 +17,7 @@ import torch
 
 from . import rows, w4a16, w8a8
 from .gpu import GpuLauncher
+from .products import Fallback, Plan
 from .rows import Norm, Quantization, Rows
 
 Tensor = torch.Tensor
@@ -64,10 +65,10 @@ def _w4a16(
             bias=bias is not None,
             gpu=launcher.gpu,
         )
-    if launcher is not None and isinstance(plan, w4a16.Plan):
+    if launcher is not None and isinstance(plan, Plan):
         product = w4a16.run(plan, launcher, matrix, packed, bias)
     elif launcher is not None:
-        by_kernel = isinstance(plan, w4a16.Fallback) and plan.by_kernel
+        by_kernel = isinstance(plan, Fallback) and plan.by_kernel
         weight = w4a16.dequantize(launcher, packed) if by_kernel else w4a16.dequantized(packed)
         product = torch.nn.functional.linear(matrix, weight.T, bias)
     else:
@@ -106,7 +107,7 @@ def _w8a8(
             bias=bias is not None,
             gpu=launcher.gpu,
         )
-    if launcher is not None and plan is not None and not isinstance(plan, w8a8.Fallback):
+    if launcher is not None and isinstance(plan, Plan):
         product = w8a8.run(plan, launcher, matrix, x_scales.reshape(-1), packed, bias, dtype)
     else:
         product = w8a8.reference(matrix, x_scales.reshape(-1), packed, bias, dtype)

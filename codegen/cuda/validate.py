@@ -30,6 +30,7 @@ from .checks import LARGE, Sizes, agreements
 from .gpu import GpuLauncher
 from .hardware import Gpu
 from .kernel import Launcher
+from .products import Fallback, Plan
 from .rows import Quantization
 
 Tensor = torch.Tensor
@@ -114,11 +115,11 @@ def _w4a16(launcher: Launcher, gpu: Gpu, timer: Timer, m: int, n: int, k: int) -
     plan = w4a16.plan(m, n, k, **options, dtype=torch.float16, bias=False)
 
     def run() -> Tensor:
-        if isinstance(plan, w4a16.Plan):
+        if isinstance(plan, Plan):
             return w4a16.run(plan, launcher, x, packed, None)
         return x @ w4a16.dequantize(launcher, packed)
 
-    if isinstance(plan, w4a16.Plan):
+    if isinstance(plan, Plan):
         predicted = w4a16.predicted(plan, m, n, k, **options)
     else:
         predicted = w4a16.predicted_by_library(m, n, k, **options)
@@ -134,7 +135,7 @@ def _w8a8(launcher: Launcher, gpu: Gpu, timer: Timer, m: int, n: int, k: int) ->
     half, dense = x.half(), integers.half()
     options: dict[str, Any] = {"group_size": 0, "bits": 8, "gpu": gpu}
     plan = w8a8.plan(m, n, k, **options, dtype=torch.float16, bias=False)
-    if isinstance(plan, w8a8.Fallback):
+    if isinstance(plan, Fallback):
         return
     seconds = timer(lambda: w8a8.run(plan, launcher, x, x_scales, packed, None, torch.float16))
     moved = w8a8.weight_bytes(n, k, group_size=0, bits=8) + m * k + 2 * m * n

@@ -9,11 +9,12 @@ import torch
 from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .hardware import Gpu
 from .kernel import Argument, Launch
+from .products import Plan
 from .rows import Quantization
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 _WIDTH, _DEPTH = 4096, 4096
-_ROWS = (1, 16, 32, 512)
+_ROWS = (1, 16, 32, 100, 512)
 _FACTOR = 28
 _HEADS, _TOKENS = 8, 8192
 
@@ -50,12 +51,12 @@ def _products(gpu: Gpu) -> Iterator[Launch]:
                     bias=shifted,
                     gpu=gpu,
                 )
-                assert isinstance(plan, w4a16.Plan)
+                assert isinstance(plan, Plan)
                 yield plan.product
                 if plan.addition is not None:
                     yield plan.addition
         for bits, group_size in ((8, 0), (4, 0), (4, 64)):
-            launch = w8a8.plan(
+            product = w8a8.plan(
                 m,
                 _WIDTH,
                 _DEPTH,
@@ -65,8 +66,10 @@ def _products(gpu: Gpu) -> Iterator[Launch]:
                 bias=True,
                 gpu=gpu,
             )
-            assert isinstance(launch, Launch)
-            yield launch
+            assert isinstance(product, Plan)
+            yield product.product
+            if product.addition is not None:
+                yield product.addition
 
 
 def _sparse_products(gpu: Gpu) -> Iterator[Launch]:
@@ -76,7 +79,7 @@ def _sparse_products(gpu: Gpu) -> Iterator[Launch]:
                 plan = sparse_w4a16.plan(
                     m, _WIDTH, _DEPTH, group_size=group_size, dtype=dtype, bias=bias, gpu=gpu
                 )
-                assert isinstance(plan, w4a16.Plan)
+                assert isinstance(plan, Plan)
                 yield plan.product
 
 

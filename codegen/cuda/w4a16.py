@@ -20,6 +20,7 @@ import torch
 from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
+from .products import Fallback, Plan, addition, run_product
 
 Tensor = torch.Tensor
 
@@ -40,7 +41,6 @@ _FEWEST_ROWS_OF_LIBRARY = 128
 """Below, products wait for memory, of which 16-bit weights take four times as much."""
 _WIDENING = 2.0
 """Instructions that a lane has for each weight: to widen pairs, and to scale and shift them."""
-_ADD_THREADS = 128
 _AT_ONCE = 8
 """Numbers that the kernel copies and stores at a time."""
 # Of the eight numbers of a word, in the order of their bits: which of the two columns, and which row of 16
@@ -176,34 +176,6 @@ def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a product is run.
-
-    Attributes:
-        product: the launch of the product.
-        splits: parts that its depth is split into.
-        addition: the launch that adds the parts up; None if there is one.
-    """
-
-    product: Launch
-    splits: int
-    addition: Launch | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Fallback:
-    """Why no kernel runs a product: it is run by dequantising the weight first.
-
-    Attributes:
-        reason: in words.
-        by_kernel: whether a kernel dequantises.
-    """
-
-    reason: str
-    by_kernel: bool = False
-
-
 def plan(
     m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, shifted: bool, bias: bool, gpu: Gpu
 ) -> Plan | Fallback:
@@ -249,11 +221,10 @@ def _tiled(
     shifted: bool,
     bias: bool,
 ) -> Plan:
-    element = ELEMENTS[dtype]
     kernel = Kernel(
         "w4a16",
         (
-            ("ELEMENT", element),
+            ("ELEMENT", ELEMENTS[dtype]),
             ("TILE_M", tile_m),
             ("WARPS_N", _WARPS_N),
             ("WARPS_K", _WARPS_K),
@@ -266,10 +237,7 @@ def _tiled(
     )
     grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), splits)
     product = Launch(kernel, grid, _THREADS, shared_bytes(tile_m, group_size, shifted))
-    if splits == 1:
-        return Plan(product, splits, None)
-    adding = Kernel("add_parts", (("ELEMENT", element), ("BIAS", int(bias))))
-    return Plan(product, splits, Launch(adding, (-(-n // (2 * _ADD_THREADS)), m, 1), _ADD_THREADS))
+    return Plan(product, splits, addition(m, _up(n, _AT_ONCE), dtype, bias=bias) if splits > 1 else None)
 
 
 def weight_bytes(n: int, k: int, *, group_size: int, shifted: bool) -> int:
@@ -338,13 +306,8 @@ def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: T
     x = padded(x, k)
     bias = None if bias is None else padded(bias, n)
     y = x.new_empty(m, n)
-    parts = None
-    if plan.splits > 1:
-        parts = torch.empty(plan.splits, m, n, dtype=torch.float32, device=x.device)
-    operands: list[Argument] = [x, packed.weights, packed.scales, packed.shifts, bias, y, parts]
-    launcher.launch(plan.product, [*operands, m, n, k, packed.scales.shape[1]])
-    if plan.addition is not None:
-        launcher.launch(plan.addition, [parts, bias, y, m, n, plan.splits])
+    operands: list[Argument] = [x, packed.weights, packed.scales, packed.shifts, bias]
+    run_product(plan, launcher, operands, bias, y, k, packed.scales.shape[1])
     return y if n == packed.columns else y[:, : packed.columns].contiguous()
 
 

@@ -20,15 +20,17 @@ import torch
 from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
+from .products import Fallback, Plan, addition, run_product
 
 Tensor = torch.Tensor
 
 TILE_K, SLAB_ROWS, SLAB_COLUMNS = 128, 32, 64
-_WARPS_N, _STAGES = 4, 3
+_WARPS_N = 4
+_STAGES = (3, 2)
+"""As many as the GPU has shared memory for."""
 BLOCK_COLUMNS = SLAB_COLUMNS * _WARPS_N
-_THREADS = 32 * _WARPS_N
-_TILES_M = (16, 32, 64)
-"""What plans choose from: rows of a block; of equal ones the first."""
+_TILES_M, _SPLITS, _FEWEST_TILES = (16, 32, 64, 128), (1, 2, 4, 8, 16), 4
+"""What plans choose from, of equal ones the first: rows of a block, parts of the depth; tiles of a part."""
 _UNPACKING, _ADDING = 0.4, 2.0
 """Instructions that a lane has for each weight of 4 bits, and to add the sum of a group to the others."""
 _SHIFTED_BY_FOUR = 16.0
@@ -144,17 +146,10 @@ def reference(
     return (product if bias is None else product + bias.double()).to(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fallback:
-    """Why no kernel runs a product: it is run by dequantising first."""
-
-    reason: str
-
-
 def plan(
     m: int, n: int, k: int, *, group_size: int, bits: int, dtype: torch.dtype, bias: bool, gpu: Gpu
-) -> Launch | Fallback:
-    """Choose tiles for one shape.
+) -> Plan | Fallback:
+    """Choose tiles and splits for one shape: those that are predicted to be fastest.
 
     Args:
         m, n, k: sizes of the product, not padded.
@@ -164,34 +159,60 @@ def plan(
         bias: whether there is one.
         gpu: where it runs.
     """
-    reason = _reason_not_to(m, k, group_size, dtype, gpu)
+    reason = _reason_not_to(m, k, group_size, bits, dtype, gpu)
     if reason:
         return Fallback(reason)
-    # Groups need a second set of sums, for which there are no registers beside those of 64 rows.
-    tiles = [tile_m for tile_m in _TILES_M if tile_m < 64 or not group_size]
-    found = [_tiled(m, n, tile_m, group_size, bits, dtype, bias) for tile_m in tiles]
-    return min(
-        found, key=lambda launch: predicted(launch, m, n, k, group_size=group_size, bits=bits, gpu=gpu)
-    )
+    found = [
+        _tiled(m, n, tile_m, splits, stages, group_size, bits, dtype, bias)
+        for tile_m in _TILES_M
+        if (stages := _stages(tile_m, group_size, bits, gpu))
+        for splits in _SPLITS
+        if splits == 1 or -(-k // TILE_K) // splits >= _FEWEST_TILES
+    ]
+    return min(found, key=lambda plan: predicted(plan, m, n, k, group_size=group_size, bits=bits, gpu=gpu))
 
 
-def _tiled(m: int, n: int, tile_m: int, group_size: int, bits: int, dtype: torch.dtype, bias: bool) -> Launch:
+def _stages(tile_m: int, group_size: int, bits: int, gpu: Gpu) -> int:
+    """How many a block of so many rows has; 0: it does not fit.
+
+    Groups need a second set of sums, for which there are no registers beside those of 64 rows.
+    """
+    if tile_m >= 64 and group_size:
+        return 0
+    fitting = (stages for stages in _STAGES if shared_bytes(tile_m, bits, stages) <= gpu.shared_bytes)
+    return next(fitting, 0)
+
+
+def _tiled(
+    m: int,
+    n: int,
+    tile_m: int,
+    splits: int,
+    stages: int,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+    bias: bool,
+) -> Plan:
+    warps_m = max(1, tile_m // 64)
     kernel = Kernel(
         "w8a8",
         (
             ("ELEMENT", ELEMENTS[dtype]),
-            ("ELEMENT_IS_FLOAT", int(dtype == torch.float32)),
             ("WEIGHT_BITS", bits),
             ("TILE_M", tile_m),
             ("WARPS_N", _WARPS_N),
+            ("WARPS_M", warps_m),
             ("WARPS_K", 1),
-            ("STAGES", _STAGES),
+            ("STAGES", stages),
             ("GROUP", group_size),
-            ("BIAS", int(bias)),
+            ("BIAS", int(bias and splits == 1)),
+            ("SPLIT", int(splits > 1)),
         ),
     )
-    grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), 1)
-    return Launch(kernel, grid, _THREADS, shared_bytes(tile_m, bits))
+    grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), splits)
+    product = Launch(kernel, grid, 32 * _WARPS_N * warps_m, shared_bytes(tile_m, bits, stages))
+    return Plan(product, splits, addition(m, _up(n, 2), dtype, bias=bias) if splits > 1 else None)
 
 
 def weight_bytes(n: int, k: int, *, group_size: int, bits: int) -> int:
@@ -201,27 +222,32 @@ def weight_bytes(n: int, k: int, *, group_size: int, bits: int) -> int:
     return rows * columns * bits // 8 + groups * columns * 4
 
 
-def predicted(launch: Launch, m: int, n: int, k: int, *, group_size: int, bits: int, gpu: Gpu) -> float:
-    """Seconds of a launch, see `planish.codegen.cuda.predict`."""
-    columns, rows, _ = launch.grid
-    tile_m = int(dict(launch.kernel.constants)["TILE_M"])
+def predicted(plan: Plan, m: int, n: int, k: int, *, group_size: int, bits: int, gpu: Gpu) -> float:
+    """Seconds of a plan, see `planish.codegen.cuda.predict`."""
+    columns, rows, splits = plan.product.grid
+    constants = dict(plan.product.kernel.constants)
+    tile_m, stages = int(constants["TILE_M"]), int(constants["STAGES"])
+    parts = 4.0 * m * n * splits if splits > 1 else 0.0
     weight = weight_bytes(n, k, group_size=group_size, bits=bits)
     weights_of_a_row = float(columns * BLOCK_COLUMNS * _up(k, TILE_K))
     sums = rows * tile_m * columns * BLOCK_COLUMNS * (k / group_size if group_size else 0.0)
     work = predict.Work(
-        bytes=weight + m * k + 2.0 * m * n,
+        bytes=weight + m * k + (parts or 2.0 * m * n),
         cached_bytes=float(weight * rows + m * k * columns),
         operations=2.0 * rows * tile_m * weights_of_a_row,
         lane_operations=rows * weights_of_a_row * (_UNPACKING if bits == 4 else 0.0) + sums * _ADDING,
-        blocks=columns * rows,
-        threads=launch.threads,
-        shared_bytes=launch.shared_bytes,
-        flying_bytes=launch.shared_bytes * (_STAGES - 1) // _STAGES,
+        blocks=columns * rows * splits,
+        threads=plan.product.threads,
+        shared_bytes=plan.product.shared_bytes,
+        flying_bytes=plan.product.shared_bytes * (stages - 1) // stages,
     )
-    return predict.launched(predict.seconds(work, gpu.int8_rate, gpu))
+    product = predict.seconds(work, gpu.int8_rate, gpu)
+    if plan.addition is None:
+        return predict.launched(product)
+    return predict.launched(product, predict.copied(parts + 2.0 * m * n, gpu))
 
 
-def _reason_not_to(m: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
+def _reason_not_to(m: int, k: int, group_size: int, bits: int, dtype: torch.dtype, gpu: Gpu) -> str:
     if dtype not in ELEMENTS:
         return f"the result is {dtype}: the kernel gives float16, bfloat16 and float32"
     if gpu.capability < (8, 0):
@@ -232,19 +258,19 @@ def _reason_not_to(m: int, k: int, group_size: int, dtype: torch.dtype, gpu: Gpu
         return f"{k} products of int8 do not fit in 32 bits"
     if not m:
         return "no rows"
-    needed = shared_bytes(64, 8)
+    needed = shared_bytes(_TILES_M[0], bits, _STAGES[-1])
     if needed > gpu.shared_bytes:
         return f"{needed} bytes of shared memory, and the GPU has {gpu.shared_bytes}"
     return ""
 
 
-def shared_bytes(tile_m: int, bits: int) -> int:
+def shared_bytes(tile_m: int, bits: int, stages: int) -> int:
     """Of a block: its stages."""
-    return _STAGES * (tile_m * TILE_K + TILE_K * BLOCK_COLUMNS * bits // 8)
+    return stages * (tile_m * TILE_K + TILE_K * BLOCK_COLUMNS * bits // 8)
 
 
 def run(
-    launch: Launch,
+    plan: Plan,
     launcher: Launcher,
     x: Tensor,
     x_scales: Tensor,
@@ -256,6 +282,6 @@ def run(
     m, n, k = len(x), _up(packed.columns, 2), _up(packed.rows, 16)
     bias = None if bias is None else padded(bias, n)
     y = torch.empty(m, n, dtype=dtype, device=x.device)
-    operands: list[Argument] = [padded(x, k), x_scales, packed.weights, packed.scales, bias, y]
-    launcher.launch(launch, [*operands, m, n, k, packed.scales.shape[1]])
+    operands: list[Argument] = [padded(x, k), x_scales, packed.weights, packed.scales, bias]
+    run_product(plan, launcher, operands, bias, y, k, packed.scales.shape[1])
     return y if n == packed.columns else y[:, : packed.columns].contiguous()

@@ -1,7 +1,7 @@
 // Adds up what the blocks of a product that was split along its depth have: y[M, N] = Σ_z parts[z, M, N] (+ bias[N]),
 // in float32, in the order of z, rounded once.
 //
-// Compiled with: ELEMENT (Half, BFloat), BIAS.
+// Compiled with: ELEMENT (Half, BFloat, float), ELEMENT_IS_FLOAT, BIAS.
 #include "primitives.cuh"
 
 KERNEL void add_parts(const float* parts, const ELEMENT* bias, ELEMENT* y, int m, int n, int splits) {
@@ -18,5 +18,9 @@ KERNEL void add_parts(const float* parts, const ELEMENT* bias, ELEMENT* y, int m
     low += to_float(bias[column]);
     high += to_float(bias[column + 1]);
   }
+#if ELEMENT_IS_FLOAT
+  y[at] = low, y[at + 1] = high;
+#else
   *reinterpret_cast<uint32_t*>(y + at) = pack<ELEMENT>(low, high);
+#endif
 }

@@ -5,24 +5,27 @@
 //
 // Sums over a group are exact, in int32; those over groups are in float32. A 4-bit weight is fed to the tensor cores
 // as the high half of a byte, which is 16 times its value; the scales that come in have been divided by 16.
-// A block computes TILE_M x (64 · WARPS_N) of y; see ring.cuh for the stages, and
+// A block computes TILE_M x (64 · WARPS_N) of y, a warp TILE_M / WARPS_M x 64 of that. Blocks with another blockIdx.z
+// have another part of K; then y is float32 parts[z, M, N]; see ring.cuh for the stages, and
 // `planish.codegen.cuda.w8a8` for the packed weights.
 //
-// Compiled with: ELEMENT (Half, BFloat, float: of y and bias), ELEMENT_IS_FLOAT, WEIGHT_BITS (8, 4), TILE_M, WARPS_N,
-// WARPS_K = 1, STAGES, GROUP (rows of K; 0: all of them), BIAS.
+// Compiled with: ELEMENT (Half, BFloat, float: of y and bias), WEIGHT_BITS (8, 4), TILE_M, WARPS_N,
+// WARPS_M, WARPS_K = 1, STAGES, GROUP (rows of K; 0: all of them), BIAS, SPLIT (parts instead of y).
 #include "ring.cuh"
 #include "tiles.cuh"
 
 constexpr int kTileK = 128;           // bytes of a row in a stage
 constexpr int kTileN = 64 * WARPS_N;  // columns of a block; a warp has 64
-constexpr int kThreads = 32 * WARPS_N;
-constexpr int kRowTiles = TILE_M / 16;
+constexpr int kThreads = 32 * WARPS_N * WARPS_M;
+constexpr int kRows = TILE_M / WARPS_M;  // of a warp
+constexpr int kRowTiles = kRows / 16;
 constexpr int kSteps = kTileK / 32;
 constexpr int kActivationBytes = TILE_M * kTileK;
 constexpr int kSlabChunks = 32 * 64 * WEIGHT_BITS / 8 / 16;  // of 16 bytes, in 32 rows and 64 columns
 constexpr int kStepChunks = kSlabChunks * WARPS_N;
 constexpr int kStageBytes = kActivationBytes + kSteps * kStepChunks * 16;
 static_assert(GROUP % 32 == 0, "a step lies in one group");
+static_assert(kRows % 16 == 0, "warps share the rows evenly");
 
 struct Problem {
   const int8_t* x;       // [M, K]
@@ -59,8 +62,12 @@ DEVICE void load_weights(const unsigned char* slab, int pair, uint32_t (&w)[4]) 
 #endif
 }
 
+// Of this warp in its block: which 64 columns, and the first row.
+DEVICE int own_columns() { return threadIdx.x / 32 % WARPS_N; }
+DEVICE int own_rows() { return threadIdx.x / 32 / WARPS_N * kRows; }
+
 // The columns of this lane in tile n of its warp are column and column + 1.
-DEVICE int column_of(int n) { return blockIdx.x * kTileN + threadIdx.x / 32 * 64 + n * 8 + threadIdx.x % 4 * 2; }
+DEVICE int column_of(int n) { return blockIdx.x * kTileN + own_columns() * 64 + n * 8 + threadIdx.x % 4 * 2; }
 
 #if GROUP
 using Totals = float[kRowTiles][8][4];
@@ -83,12 +90,12 @@ DEVICE void add_group(const float* scales, int padded_n, int group, int (&sums)[
 
 // The products of 32 rows that this warp has, those of its 64 columns.
 DEVICE void multiply_step(const unsigned char* stage, int step, int (&sums)[kRowTiles][8][4]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   uint32_t a[kRowTiles][4];
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; tile++)
-    load_matrices(a[tile], stage + tile_offset(tile * 16 + lane % 16, step * 2 + lane / 16));
-  const unsigned char* slab = stage + kActivationBytes + (step * WARPS_N + warp) * (kSlabChunks * 16);
+    load_matrices(a[tile], stage + tile_offset(own_rows() + tile * 16 + lane % 16, step * 2 + lane / 16));
+  const unsigned char* slab = stage + kActivationBytes + (step * WARPS_N + own_columns()) * (kSlabChunks * 16);
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
     uint32_t w[4];
@@ -101,22 +108,22 @@ DEVICE void multiply_step(const unsigned char* stage, int step, int (&sums)[kRow
   }
 }
 
-DEVICE void store_pair(ELEMENT* y, float low, float high) {
-#if ELEMENT_IS_FLOAT
-  *reinterpret_cast<uint2*>(y) = uint2{__float_as_uint(low), __float_as_uint(high)};
-#else
-  *reinterpret_cast<uint32_t*>(y) = pack<ELEMENT>(low, high);
-#endif
+template <class T>
+DEVICE void store_pair(T* y, float low, float high) {
+  if constexpr (sizeof(T) == 4)
+    *reinterpret_cast<uint2*>(y) = uint2{__float_as_uint(low), __float_as_uint(high)};
+  else
+    *reinterpret_cast<uint32_t*>(y) = pack<T>(low, high);
 }
 
-template <class Number>
-DEVICE void store(const Problem& problem, ELEMENT* y, const float* x_scales, const float* scales,
+template <class T, class Number>
+DEVICE void store(const Problem& problem, T* y, const float* x_scales, const float* scales,
                   const ELEMENT* bias, const Number (&sums)[kRowTiles][8][4]) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; tile++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int row = blockIdx.y * TILE_M + tile * 16 + threadIdx.x % 32 / 4 + 8 * half;
+      const int row = blockIdx.y * TILE_M + own_rows() + tile * 16 + threadIdx.x % 32 / 4 + 8 * half;
       if (row >= problem.m) continue;
       const float x_scale = x_scales[row];
 #pragma unroll
@@ -137,31 +144,35 @@ DEVICE void store(const Problem& problem, ELEMENT* y, const float* x_scales, con
 
 KERNEL void __launch_bounds__(kThreads)
     w8a8(const int8_t* x, const float* x_scales, const uint4* weights, const float* scales, const ELEMENT* bias,
-         ELEMENT* y, int m, int n, int k, int padded_n) {
+         ELEMENT* y, float* parts, int m, int n, int k, int padded_n) {
   SHARED_MEMORY(shared);
   const Problem problem{x, weights, m, n, k, padded_n};
-  const int tiles = (k + kTileK - 1) / kTileK;
+  const Part part = own_part((k + kTileK - 1) / kTileK);
   int sums[kRowTiles][8][4] = {};
 #if GROUP
   Totals totals = {};
 #endif
   through_ring(
-      tiles, [&](int tile, int place) { load_stage(problem, shared + place * kStageBytes, tile); },
+      part.tiles, [&](int tile, int place) { load_stage(problem, shared + place * kStageBytes, part.first + tile); },
       [&](int tile, int place) {
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
           multiply_step(shared + place * kStageBytes, step, sums);
 #if GROUP
           // Rows beyond the last are zeros, so the last group may be added up late.
-          const int done = (tile * kSteps + step + 1) * 32;
-          if (done % GROUP == 0 || done == tiles * kTileK)
+          const int done = ((part.first + tile) * kSteps + step + 1) * 32;
+          if (done % GROUP == 0 || done == (part.first + part.tiles) * kTileK)
             add_group(scales, padded_n, (done - 32) / GROUP, sums, totals);
 #endif
         }
       });
 #if GROUP
-  store(problem, y, x_scales, scales, bias, totals);
+  const Totals& found = totals;
 #else
-  store(problem, y, x_scales, scales, bias, sums);
+  const auto& found = sums;
 #endif
+  if constexpr (SPLIT)
+    store(problem, parts + static_cast<size_t>(blockIdx.z) * m * n, x_scales, scales, bias, found);
+  else
+    store(problem, y, x_scales, scales, bias, found);
 }

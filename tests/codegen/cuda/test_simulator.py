@@ -9,6 +9,7 @@ import torch
 from cuda_simulator import SimulationError, Simulator, needs_compiler
 from planish.codegen.cuda import decode_attention, rows, sparse_w4a16, w4a16
 from planish.codegen.cuda.kernel import KERNELS, Kernel, Launch
+from planish.codegen.cuda.products import Plan
 from planish.codegen.cuda.rows import Quantization
 
 pytestmark = needs_compiler
@@ -93,7 +94,7 @@ def product(simulator: Simulator) -> None:
         bias=False,
         gpu=w4a16.Gpu("", (8, 0), 1, 1 << 18, 1, 1, 1, 1),
     )
-    assert isinstance(plan, w4a16.Plan)
+    assert isinstance(plan, Plan)
     found = w4a16.run(plan, simulator, x, packed, None)
     torch.testing.assert_close(found, w4a16.reference(x, packed), rtol=5e-3, atol=5e-3)
 
@@ -108,7 +109,7 @@ def sparse_product(simulator: Simulator) -> None:
     packed = sparse_w4a16.pack(torch.where(places < 2, integers, 8), scales, 64)
     gpu = w4a16.Gpu("", (8, 0), 1, 1 << 18, 1, 1, 1, 1)
     plan = sparse_w4a16.plan(13, 264, 600, group_size=64, dtype=x.dtype, bias=False, gpu=gpu)
-    assert isinstance(plan, w4a16.Plan)
+    assert isinstance(plan, Plan)
     found = sparse_w4a16.run(plan, simulator, x, packed, None)
     torch.testing.assert_close(found, sparse_w4a16.reference(x, packed), rtol=5e-3, atol=5e-3)
 

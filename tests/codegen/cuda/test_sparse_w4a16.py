@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planish.codegen.cuda import sparse_w4a16
 from planish.codegen.cuda.hardware import GPUS, Gpu
 from planish.codegen.cuda.kernel import KERNELS, Kernel, Launch
-from planish.codegen.cuda.w4a16 import Fallback, Plan
+from planish.codegen.cuda.products import Fallback, Plan
 
 H100 = GPUS["H100"]
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen.cuda import w4a16
 from planish.codegen.cuda.hardware import GPUS
+from planish.codegen.cuda.products import Fallback, Plan
 
 H100 = GPUS["H100"]
 
@@ -95,7 +96,7 @@ def planned(x, packed, bias):
         bias=bias is not None,
         gpu=H100,
     )
-    assert isinstance(plan, w4a16.Plan)
+    assert isinstance(plan, Plan)
     return plan
 
 
@@ -150,7 +151,7 @@ def test_plans():
 )
 def test_reasons_to_fall_back(options, reason):
     found = plan_of(**options)
-    assert isinstance(found, w4a16.Fallback)
+    assert isinstance(found, Fallback)
     assert reason in found.reason
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen.cuda import w8a8
 from planish.codegen.cuda.hardware import GPUS
+from planish.codegen.cuda.products import Fallback, Plan
 
 H100 = GPUS["H100"]
 
@@ -27,7 +28,7 @@ def problem(m, n, k, group_size, bits, *, bias=False, seed=0):
 
 
 def run(simulator, x, x_scales, packed, bias, dtype):
-    launch = w8a8.plan(
+    plan = w8a8.plan(
         len(x),
         packed.columns,
         packed.rows,
@@ -37,8 +38,8 @@ def run(simulator, x, x_scales, packed, bias, dtype):
         bias=bias is not None,
         gpu=H100,
     )
-    assert not isinstance(launch, w8a8.Fallback)
-    return w8a8.run(launch, simulator, x, x_scales, packed, None if bias is None else bias.to(dtype), dtype)
+    assert isinstance(plan, Plan)
+    return w8a8.run(plan, simulator, x, x_scales, packed, None if bias is None else bias.to(dtype), dtype)
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,6 +89,38 @@ def test_the_kernel_gives_the_rounded_product(sizes, group_size, bits, dtype, bi
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("tile_m", "splits", "group_size", "bits", "dtype"),
+    [(128, 1, 0, 8, torch.float16), (64, 2, 0, 4, torch.float32), (32, 2, 96, 4, torch.bfloat16)],
+    ids=["two warps along the rows", "split", "split in groups across parts"],
+)
+def test_other_tiles(tile_m, splits, group_size, bits, dtype):
+    x, x_scales, packed, bias, exact = problem(133, 264, 912, group_size, bits, bias=True)
+    bias, exact = bias.to(dtype), exact - bias.double() + bias.to(dtype).double()
+    plan = w8a8._tiled(133, 264, tile_m, splits, 2, group_size, bits, dtype, True)
+    found = w8a8.run(plan, Simulator(order="shuffled", seed=4), x, x_scales, packed, bias, dtype)
+    bound = torch.finfo(dtype).eps * exact.abs() + 2e-6 * exact.abs().max()
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+def test_plans():
+    def tiles(m, n, k, **options):
+        plan = w8a8.plan(
+            m,
+            n,
+            k,
+            **{"group_size": 0, "bits": 8, "dtype": torch.float16, "bias": False, "gpu": H100, **options},
+        )
+        constants = dict(plan.product.kernel.constants)
+        return constants["TILE_M"], constants["STAGES"], plan.splits
+
+    assert tiles(1, 4096, 4096) == (16, 3, 8)  # 16 blocks would leave most of 132 processors idle
+    assert tiles(4096, 8192, 8192) == (128, 3, 1)
+    assert tiles(4096, 8192, 8192, group_size=64)[0] == 32  # two sets of sums
+    assert tiles(4096, 8192, 8192, gpu=GPUS["L4"]) == (128, 2, 1)  # 99 KB of shared memory
+
+
+@needs_compiler
 @pytest.mark.parametrize("tiles", range(1, 7))
 def test_every_number_of_tiles_goes_through_the_ring(tiles):
     """Of three stages: every residue, and fewer tiles than stages."""
@@ -124,5 +157,5 @@ def test_sanitizers_find_nothing(sanitizer):
 def test_reasons_to_fall_back(options, reason):
     sizes = {"m": 64, "n": 4096, "k": 4096, "group_size": 0, "bits": 8, "dtype": torch.float16}
     found = w8a8.plan(**{**sizes, "bias": False, "gpu": H100, **options})
-    assert isinstance(found, w8a8.Fallback)
+    assert isinstance(found, Fallback)
     assert reason in found.reason
