@@ -79,7 +79,7 @@ class TorchSession:
 
     def __init__(self, bound: BoundModel, target: Torch) -> None:
         self.module = target.module(bound)
-        self._device = torch.device(target.device)
+        self._device, self._dtype = torch.device(target.device), target.dtype
         self._arguments: Mapping[str, str] = self.module.meta[INPUTS_KEY]
         graph = bound.model.graph
         self.inputs = tuple(Argument.of(value) for value in graph.inputs if value.name in self._arguments)
@@ -114,8 +114,9 @@ class TorchSession:
         return outputs
 
     def value(self, array: Array) -> TorchValue:
-        """An array on the device."""
-        return TorchValue(self._tensor(array))
+        """An array on the device, and in the module's precision, so that it can be written in place."""
+        tensor = self._tensor(array)
+        return TorchValue(tensor.to(self._dtype) if tensor.is_floating_point() and self._dtype else tensor)
 
     def run_values(self, given: Mapping[str, Array | TorchValue]) -> dict[str, TorchValue]:
         """Run once without gradients; arrays and values in, values out."""

@@ -20,14 +20,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ...ir import ops
 from ...ir.graph_builder import GraphBuilder
 from ...ir.views.values import input_at, integer, number, static_dim
+from ..cached_attention import CachedAttentionBinder, reason_not_to_bind
 from ..hadamard_op import hadamard_op, parts_of
 from ..linear_op import LinearOp, constant_of, is_encoded, linear_op
 from ..target import Binding
 from ..torch_fx.tensors import from_array
-from . import rows, w4a16, w8a8
+from . import rows, sparse_w4a16, w4a16, w8a8
 from .lowering import DOMAIN
 from .rows import Quantization
 
+_MIDDLE = 8
+"""What is added to signed integers of 4 bits."""
 _NARROW = 4
 """Bits of the weights that are stored two to a byte."""
 _KINDS = {"RMSNormalization": "rms", "LayerNormalization": "layer"}
@@ -77,7 +80,7 @@ class Binder:
             elif (fused := _fused(node)) is not None:
                 reason = fused if isinstance(fused, str) else ""
                 kernel = "body" if isinstance(fused, str) else _KERNELS[fused.op_type]
-            elif node.domain == ops.DOMAIN:
+            elif node.domain == ops.DOMAIN and node.op_type != "CachedAttention":
                 kernel, reason = "body", "there is no kernel of it"
             else:
                 continue
@@ -224,13 +227,30 @@ class Binder:
         return name
 
 
+def bind_cached_attention(model: ir.Model) -> Iterator[Binding]:
+    """Replace attention to caches by the op that writes them in place, where there is one; a row for each."""
+    binder = CachedAttentionBinder(model, forgets=False)
+    for node in list(model.graph):
+        if node.domain == ops.DOMAIN and node.op_type == "CachedAttention":
+            reason = reason_not_to_bind(model, node)
+            name = f"{node.domain}::{node.op_type}"
+            if reason is None:
+                yield Binding(
+                    node.name or "", name, "decode_attention", "of one new token; torch's of several"
+                )
+                binder.bind(node)
+            else:
+                yield Binding(node.name or "", name, "body", reason)
+
+
 def _is_linear(node: ir.Node) -> bool:
     return node.domain == ops.DOMAIN and node.op_type in ops.LINEAR_OPS
 
 
 def _kernel_of(op: LinearOp) -> str:
-    activations = 16 if op.spec.activations == "float" else 8
-    return f"w{_NARROW if op.spec.bits <= _NARROW else 8}a{activations}"
+    if op.spec.activations == "float":
+        return "sparse_w4a16" if _is_sparse(op) else "w4a16"
+    return f"w{_NARROW if op.spec.bits <= _NARROW else 8}a8"
 
 
 def _fused(node: ir.Node | None) -> Fused | str | None:
@@ -245,29 +265,51 @@ def _fused(node: ir.Node | None) -> Fused | str | None:
     return None if gate_up is None else Fused("SwiGLU", (gate_up,), {})
 
 
+def _is_sparse(op: LinearOp) -> bool:
+    """Whether two of every four weights are 0: the kernel of those has no zero points."""
+    return op.spec.signed and not op.spec.zero_point and sparse_w4a16.is_sparse(_from_zero(op))
+
+
+def _from_zero(op: LinearOp) -> torch.Tensor:
+    """The integers [K, N], 0 … 15."""
+    return from_array((op.integers() + (_MIDDLE if op.spec.signed else 0)).astype(np.uint8))
+
+
 def _emit_w4a16(build: GraphBuilder, op: LinearOp) -> None:
-    spec = op.spec
-    middle = 8 if spec.signed else 0
-    zero_points = op.zero_points()
-    if zero_points is None and not spec.signed:
-        zero_points = np.zeros(op.scales().shape, np.int16)
-    groups, group_size = op.scales(), spec.block_size
-    if group_size > w4a16.GROUP_SIZES[-1]:
-        repeats, group_size = group_size // w4a16.GROUP_SIZES[-1], w4a16.GROUP_SIZES[-1]
-        groups = groups.repeat(repeats, axis=0)
-        zero_points = None if zero_points is None else zero_points.repeat(repeats, axis=0)
-    packed = w4a16.pack(
-        from_array((op.integers() + middle).astype(np.uint8)),
-        from_array(np.atleast_2d(groups)),
-        None if zero_points is None else from_array(np.atleast_2d(zero_points) + middle),
-        group_size,
-    )
+    scales, group_size = np.atleast_2d(op.scales()), op.spec.block_size
+    # Larger groups are several of the largest that the kernel has.
+    repeats = max(1, group_size // w4a16.GROUP_SIZES[-1])
+    scales, group_size = scales.repeat(repeats, axis=0), min(group_size, w4a16.GROUP_SIZES[-1])
+    if _is_sparse(op):
+        sparse = sparse_w4a16.pack(_from_zero(op), from_array(scales), group_size)
+        _emit_packed(build, op, "SparseW4A16", sparse, [sparse.weights, sparse.scales])
+        return
+    zeros = op.zero_points()
+    if zeros is None and not op.spec.signed:
+        zeros = np.zeros(op.scales().shape, np.int16)
+    shifted = None
+    if zeros is not None:
+        middle = _MIDDLE if op.spec.signed else 0
+        shifted = from_array(np.atleast_2d(zeros + middle).repeat(repeats, axis=0))
+    packed = w4a16.pack(_from_zero(op), from_array(scales), shifted, group_size)
+    _emit_packed(build, op, "W4A16", packed, [packed.weights, packed.scales, packed.shifts])
+
+
+def _emit_packed(
+    build: GraphBuilder,
+    op: LinearOp,
+    op_type: str,
+    packed: w4a16.PackedWeight | sparse_w4a16.PackedWeight,
+    tensors: list[torch.Tensor | None],
+) -> None:
+    operands = [
+        None if tensor is None else _constant(build, tensor, f"packed_{index}")
+        for index, tensor in enumerate(tensors)
+    ]
     build.op(
-        "W4A16",
+        op_type,
         op.x,
-        build.constant(packed.weights.numpy(), "weights_packed"),
-        _floats(build, packed.scales, "scales_packed"),
-        None if packed.shifts is None else _floats(build, packed.shifts, "shifts_packed"),
+        *operands,
         op.bias,
         domain=DOMAIN,
         rows=packed.rows,
@@ -276,7 +318,7 @@ def _emit_w4a16(build: GraphBuilder, op: LinearOp) -> None:
     )
 
 
-def _floats(build: GraphBuilder, tensor: torch.Tensor, suffix: str) -> ir.Value:
+def _constant(build: GraphBuilder, tensor: torch.Tensor, suffix: str) -> ir.Value:
     """bfloat16 goes through the bits that numpy has a type for."""
     if tensor.dtype == torch.bfloat16:
         array = tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())

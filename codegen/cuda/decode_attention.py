@@ -5,7 +5,8 @@
 
 q is [batch, heads, size] in float16 or bfloat16, rotated; G = heads / kv_heads queries share a head of the
 cache. Shown are the first ``lengths[b]`` tokens of a buffer that may be longer, or the last ``window`` of
-them. With a softcap c, scores are c · tanh(scale · q · k / c). This is what onnxruntime's GroupQueryAttention
+them. With a softcap c, scores are c · tanh(scale · q · k / c). A bias, if there is one, is added to the
+scores of a token; one of −∞ hides it. This is what onnxruntime's GroupQueryAttention
 computes, and a cache is stored as it stores it (see `planish.ir.ops.cached_attention`):
 
 - 16 bits: in the type of q;
@@ -159,8 +160,9 @@ def reference(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """The same [batch, heads, size] by plain torch, in float32, rounded once; see `plan` for the arguments.
+    """The same [batch, heads, size] by plain torch, in float32, rounded once; see `plan` and `run`.
 
     A text without tokens has zeros.
     """
@@ -177,6 +179,8 @@ def reference(
     scores = grouped @ keys.mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + torch.nn.functional.pad(bias, (0, cache.capacity - bias.shape[1]))[:, None, None]
     weights = torch.softmax(scores.masked_fill(~shown.mT, -math.inf), dim=-1).nan_to_num(0.0)
     return (weights @ values).view(batch, heads, size).to(query.dtype)
 
@@ -220,6 +224,7 @@ def plan(
     gpu: Gpu,
     softcap: float = 0.0,
     window: int = 0,
+    bias: bool = False,
 ) -> Plan | Fallback:
     """Choose warps, stages and splits for one shape.
 
@@ -235,6 +240,7 @@ def plan(
         gpu: where it runs.
         softcap: limit of the scores; 0 for none.
         window: tokens that a query sees, the newest among them; 0 for all.
+        bias: whether there is one.
     """
     reason = _reason_not_to(batch, heads, kv_heads, head_size, tokens, bits, dtype)
     if softcap < 0 or window < 0:
@@ -265,6 +271,7 @@ def plan(
             ("WARPS", warps),
             ("STAGES", stages),
             ("SOFTCAP", int(softcap > 0)),
+            ("BIAS", int(bias)),
         ),
     )
     attention = Launch(kernel, (kv_heads, batch, splits), 32 * warps, needed[way])
@@ -328,7 +335,14 @@ def shared_bytes(head_size: int, bits: int, head_tiles: int, warps: int, stages:
     return queries + warps * max(stages * stage, heads * (head_size + 2) * 4)
 
 
-def run(plan: Plan, launcher: Launcher, query: Tensor, cache: Cache, lengths: Tensor) -> Tensor:
+def run(
+    plan: Plan,
+    launcher: Launcher,
+    query: Tensor,
+    cache: Cache,
+    lengths: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The attention [batch, heads, size] by the kernels of a plan.
 
     Args:
@@ -337,6 +351,7 @@ def run(plan: Plan, launcher: Launcher, query: Tensor, cache: Cache, lengths: Te
         query: [batch, heads, size], contiguous.
         cache: the new token's key and value among its own.
         lengths: [batch] int32, tokens in the cache; a text without any has zeros.
+        bias: [batch or 1, tokens] float32, contiguous, of at least as many tokens as the longest text has.
 
     Raises:
         ValueError: types that do not go together.
@@ -360,6 +375,7 @@ def run(plan: Plan, launcher: Launcher, query: Tensor, cache: Cache, lengths: Te
             cache.key_scale,
             cache.value_scale,
             lengths,
+            bias,
             out,
             parts,
             cache.capacity,
@@ -367,6 +383,7 @@ def run(plan: Plan, launcher: Launcher, query: Tensor, cache: Cache, lengths: Te
             plan.window,
             _distance(cache.key_scale),
             _distance(cache.value_scale),
+            0 if bias is None or len(bias) == 1 else bias.shape[1],
             plan.scale,
             plan.softcap,
         ],

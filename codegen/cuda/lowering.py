@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import torch
 
+from ...ir.graph_builder import CONTRIB
 from ..torch_fx.registry import Lowering, OpKey
 from . import torch_ops  # noqa: F401 (registers the ops)
+from .cached_attention import group_query_attention
 
 DOMAIN = "planish.cuda"
 
@@ -36,6 +38,21 @@ def w4a16(
 ) -> Tensor:
     """4-bit weights, see `planish.codegen.cuda.w4a16`."""
     found: Tensor = torch.ops.planish.w4a16(x, weights, scales, shifts, bias, rows, columns, group_size)
+    return found
+
+
+def sparse_w4a16(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: int,
+    columns: int,
+    group_size: int,
+) -> Tensor:
+    """2:4-sparse 4-bit weights, see `planish.codegen.cuda.sparse_w4a16`."""
+    found: Tensor = torch.ops.planish.sparse_w4a16(x, weights, scales, bias, rows, columns, group_size)
     return found
 
 
@@ -111,6 +128,7 @@ def hadamard_quantize(
 # The kernels read scales of integer products as float32, whatever the precision of the model.
 OPS: dict[OpKey, Lowering] = {
     (DOMAIN, "W4A16"): Lowering(w4a16),
+    (DOMAIN, "SparseW4A16"): Lowering(sparse_w4a16),
     (DOMAIN, "W8A8"): Lowering(w8a8, exact=(3,)),
     (DOMAIN, "Normalize"): Lowering(normalize),
     (DOMAIN, "NormalizeQuantize"): Lowering(normalize_quantize, several=True),
@@ -118,5 +136,8 @@ OPS: dict[OpKey, Lowering] = {
     (DOMAIN, "SwiGLUQuantize"): Lowering(swiglu_quantize, several=True),
     (DOMAIN, "Hadamard"): Lowering(hadamard),
     (DOMAIN, "HadamardQuantize"): Lowering(hadamard_quantize, several=True),
+    (CONTRIB, "GroupQueryAttention"): Lowering(
+        group_query_attention, integers=(6,), exact=(12, 13), several=True
+    ),
 }
 """How the torch module calls them."""

@@ -119,6 +119,14 @@ def _places(bits: int) -> list[int]:
     return sorted(zeros_last[:_KEPT])
 
 
+def is_sparse(integers: Tensor) -> bool:
+    """Whether a weight [K, N] of 4-bit integers is 2:4-sparse."""
+    missing = -len(integers) % _FOUR
+    padded_integers = torch.nn.functional.pad(integers, (0, 0, 0, missing), value=_ZERO)
+    fours = padded_integers.view(-1, _FOUR, integers.shape[1])
+    return bool(((fours != _ZERO).sum(1) <= _KEPT).all())
+
+
 def _kept(integers: Tensor) -> tuple[Tensor, Tensor]:
     """The kept numbers and their places, each [2, K' / 4, N'] uint8.
 

@@ -18,8 +18,9 @@ from torch import fx
 from ...ir import clone
 from ...ir.errors import TargetError
 from ..target import Binding, BoundModel
+from ..torch_fx.lower import check_lowered
 from ..torch_fx.target import Precision, Torch
-from .binder import Binder
+from .binder import Binder, bind_cached_attention
 from .lowering import OPS
 
 
@@ -45,6 +46,17 @@ class Cuda(Torch):
                 f"{self.name}: trainable: the kernels have no gradients",
                 hint="train with the target torch, whose device may be cuda as well",
             )
+
+    def bind(self, model: ir.Model) -> BoundModel:
+        """See `Torch.bind`.
+
+        Attention to a cache is bound here, for who generates has to know that its buffers are written in
+        place; all else when the module is made.
+        """
+        bound = clone(model)
+        rows = list(bind_cached_attention(bound))
+        check_lowered(bound, OPS)
+        return BoundModel(model=bound, bindings=(*rows, *self.bindings(bound)))
 
     def bindings(self, model: ir.Model) -> tuple[Binding, ...]:
         """See `Torch.bindings`."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from . import rows, w4a16, w8a8
+from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .gpu import GpuLauncher
 from .products import Fallback, Plan
 from .rows import Norm, Quantization, Rows
@@ -24,7 +24,9 @@ Tensor = torch.Tensor
 _Pair = tuple[Tensor, Tensor]
 
 _planned_w4a16 = functools.lru_cache(maxsize=4096)(w4a16.plan)
+_planned_sparse = functools.lru_cache(maxsize=4096)(sparse_w4a16.plan)
 _planned_w8a8 = functools.lru_cache(maxsize=4096)(w8a8.plan)
+_planned_attention = functools.lru_cache(maxsize=4096)(decode_attention.plan)
 _launcher_of_device = functools.cache(GpuLauncher)
 
 
@@ -81,6 +83,40 @@ def _w4a16_fake(x: Tensor, weights: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], columns)
 
 
+def _sparse_w4a16(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+) -> Tensor:
+    launcher, matrix = _launcher_of(x), _matrix(x)
+    packed = sparse_w4a16.PackedWeight(weights, scales, rows, columns, group_size)
+    plan = None
+    if launcher is not None:
+        plan = _planned_sparse(
+            len(matrix),
+            columns,
+            rows,
+            group_size=group_size,
+            dtype=x.dtype,
+            bias=bias is not None,
+            gpu=launcher.gpu,
+        )
+    if launcher is not None and isinstance(plan, Plan):
+        product = sparse_w4a16.run(plan, launcher, matrix, packed, bias)
+    else:
+        product = sparse_w4a16.reference(matrix, packed, bias)
+    return product.view(*x.shape[:-1], columns)
+
+
+def _sparse_w4a16_fake(x: Tensor, weights: Tensor, scales: Tensor, *others: Any) -> Tensor:
+    columns: int = others[2]
+    return x.new_empty(*x.shape[:-1], columns)
+
+
 def _w8a8(
     x: Tensor,
     x_scales: Tensor,
@@ -117,6 +153,43 @@ def _w8a8(
 def _w8a8_fake(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor, *others: Any) -> Tensor:
     columns, dtype = others[2], others[5]
     return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def _decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    scale: float,
+    window: int,
+) -> Tensor:
+    launcher = _launcher_of(query)
+    cache = decode_attention.Cache(keys, values, key_scale, value_scale)
+    lengths = lengths.to(torch.int32)
+    plan = None
+    if launcher is not None:
+        plan = _planned_attention(
+            *query.shape[:2],
+            cache.kv_heads,
+            cache.head_size,
+            cache.capacity,
+            bits=cache.bits,
+            dtype=query.dtype,
+            scale=scale,
+            gpu=launcher.gpu,
+            window=window,
+            bias=bias is not None,
+        )
+    if launcher is None or not isinstance(plan, decode_attention.Plan):
+        return decode_attention.reference(query, cache, lengths, scale=scale, window=window, bias=bias)
+    bias = None if bias is None else bias.contiguous()
+    return decode_attention.run(plan, launcher, query.contiguous(), cache, lengths, bias)
 
 
 # ----------------------------------------------------------------------------------------------------- rows
@@ -218,11 +291,23 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _w4a16,
         _w4a16_fake,
     ),
+    "sparse_w4a16": (
+        "(Tensor x, Tensor weights, Tensor scales, Tensor? bias, int rows, int columns, int group_size) "
+        "-> Tensor",
+        _sparse_w4a16,
+        _sparse_w4a16_fake,
+    ),
     "w8a8": (
         "(Tensor x, Tensor x_scales, Tensor weights, Tensor scales, Tensor? bias, int rows, int columns, "
         "int group_size, int bits, ScalarType dtype) -> Tensor",
         _w8a8,
         _w8a8_fake,
+    ),
+    "decode_attention": (
+        "(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor? bias, Tensor? key_scale, "
+        "Tensor? value_scale, float scale, int window) -> Tensor",
+        _decode_attention,
+        _same,
     ),
     "normalize": (f"{_NORM}) -> Tensor", _as_they_are(_normalize), _same),
     "normalize_quantize": (f"{_NORM}, {_QUANTIZED}", _quantizing(_normalize), _integers(_same)),

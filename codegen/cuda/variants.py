@@ -99,6 +99,7 @@ def _attention(gpu: Gpu) -> Iterator[Launch]:
                     scale=1.0,
                     gpu=gpu,
                     softcap=softcap,
+                    bias=softcap > 0,
                 )
                 assert isinstance(plan, decode_attention.Plan)
                 yield plan.attention

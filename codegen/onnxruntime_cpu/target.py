@@ -14,14 +14,14 @@ import onnx_ir as ir
 from ...ir import clone, ops
 from ...ir.errors import TargetError
 from ...ir.graph_builder import CONTRIB, GraphBuilder
+from ..cached_attention import KERNEL as CACHED_ATTENTION_KERNEL
+from ..cached_attention import CachedAttentionBinder, reason_not_to_bind
 from ..hadamard_op import HadamardOp, HadamardSpec, hadamard_op, made_up_hadamard
 from ..linear_format import LinearFormat
 from ..linear_op import LinearOp, LinearSpec, is_encoded, linear_op, made_up_op
 from ..microbenchmark import Microbenchmark
 from ..target import Binding, BoundModel, Target
 from . import costs
-from .cached_attention import KERNEL as CACHED_ATTENTION_KERNEL
-from .cached_attention import CachedAttentionBinder, reason_not_to_bind
 from .encoded_linear import (
     ENCODED_BODY,
     ENCODED_KERNELS,

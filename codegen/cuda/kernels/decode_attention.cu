@@ -19,7 +19,8 @@
 // second takes its weights from.
 //
 // Compiled with: ELEMENT (Half, BFloat), CACHE_BITS (16: ELEMENT; 8: int8; 4: q + 8, the even channel in the low bits),
-// HEAD_SIZE, HEAD_TILES (8 heads each), TOKENS, WARPS, STAGES, SOFTCAP.
+// HEAD_SIZE, HEAD_TILES (8 heads each), TOKENS, WARPS, STAGES, SOFTCAP, BIAS (a number for each token that is added to its
+// scores).
 #include "join.cuh"
 #include "widen.cuh"
 
@@ -166,15 +167,17 @@ struct Softmax {
 };
 
 // Scores to weights, in place of the coarse parts. Returns what earlier sums are multiplied by. `tokens` are those from
-// this lane's first on.
-DEVICE float weigh(Scores& scores, Softmax& softmax, int tokens, float softcap) {
+// this lane's first on, as is `bias`.
+DEVICE float weigh(Scores& scores, Softmax& softmax, int tokens, float softcap, const float* bias) {
   float largest = softmax.largest;
 #pragma unroll
   for (int i = 0; i < 2 * kKeyTiles; i++) {
     float& place = scores[i / 2][i % 2];
     float value = (place + scores[i / 2][i % 2 + 2]) * softmax.factor;
     if (SOFTCAP) value = softcap * kLog2OfE * tanhf(value);
-    place = i / 2 * 8 + i % 2 < tokens ? value : kLowest;
+    const int token = i / 2 * 8 + i % 2;
+    if (BIAS && token < tokens) value += kLog2OfE * bias[token];
+    place = token < tokens ? value : kLowest;
     largest = fmaxf(largest, place);
   }
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
@@ -296,8 +299,9 @@ DEVICE void choose_tokens(Problem& problem, int length, int window) {
 
 KERNEL void __launch_bounds__(kThreads)
     decode_attention(const ELEMENT* q, const unsigned char* keys, const unsigned char* values, const float* key_scales,
-                     const float* value_scales, const int* lengths, ELEMENT* y, float* parts, int capacity, int group,
-                     int window, int key_stride, int value_stride, float scale, float softcap) {
+                     const float* value_scales, const int* lengths, const float* bias, ELEMENT* y, float* parts,
+                     int capacity, int group, int window, int key_stride, int value_stride, int bias_stride, float scale,
+                     float softcap) {
   SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const size_t kv_head = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -310,6 +314,7 @@ KERNEL void __launch_bounds__(kThreads)
                   key_stride,
                   value_stride,
                   group};
+  if (BIAS) bias += static_cast<size_t>(blockIdx.y) * bias_stride;
   choose_tokens(problem, length < capacity ? length : capacity, window);
   const int left = (problem.end - problem.first + TOKENS - 1) / TOKENS - warp;
   const int tiles = left > 0 ? (left + WARPS - 1) / WARPS : 0;  // of this warp: every WARPS-th
@@ -335,12 +340,12 @@ KERNEL void __launch_bounds__(kThreads)
     if (next < tiles) load_tile(problem, ring + next % STAGES * kStageBytes, next * WARPS + warp);
     commit_copies();
     const unsigned char* stage = ring + tile % STAGES * kStageBytes;
-    const int tokens = problem.end - problem.first - (tile * WARPS + warp) * TOKENS - lane % 4 * 2;
+    const int own = problem.first + (tile * WARPS + warp) * TOKENS + lane % 4 * 2, tokens = problem.end - own;
     Scores scores[HEAD_TILES] = {};
     score(stage, queries, scores);
 #pragma unroll
     for (int heads = 0; heads < HEAD_TILES; heads++)
-      rescale_sums(sums[heads], weigh(scores[heads], softmax[heads], tokens, softcap));
+      rescale_sums(sums[heads], weigh(scores[heads], softmax[heads], tokens, softcap, bias + own));
     add_values(stage + kTileBytes, scores, sums);
   }
   wait_for_copies<0>();

@@ -26,6 +26,7 @@ class Problem:
     lengths: torch.Tensor
     softcap: float = 0.0
     window: int = 0
+    bias: torch.Tensor | None = None
 
     @property
     def scale(self):
@@ -85,8 +86,14 @@ def attended(problem):
         if problem.softcap:
             scores = problem.softcap * torch.tanh(scores / problem.softcap)
             error += problem.softcap * 2.0**-22
+        if problem.bias is not None:
+            added = problem.bias[min(text, len(problem.bias) - 1), shown].double()
+            scores = scores + added
+            error += 2.0**-23 * added.masked_fill(added.isinf(), 0).abs()
+            error, scores = error[~added.isinf()], scores.masked_fill(added.isinf(), -math.inf)
         # The largest is subtracted, exp2 is exact to 2 units of 24 bits; so is each change of the largest.
-        error += 2.0**-23 * (scores.max() - scores.min() + scores.abs().max())
+        seen = scores[~scores.isinf()]
+        error += 2.0**-23 * (seen.max() - seen.min() + seen.abs().max())
         weights = torch.softmax(scores, dim=0)
         relative = 2 * error.max() + (len(scores) / 16 + 4) * 2.0**-21
         # Weights, too, are two floats, of 11 or 8 bits; sums are in float32.
@@ -140,6 +147,7 @@ def planned(problem, *, tokens=None, gpu=ONE_PROCESSOR):
         gpu=gpu,
         softcap=problem.softcap,
         window=problem.window,
+        bias=problem.bias is not None,
     )
     assert isinstance(plan, decode_attention.Plan)
     return plan
@@ -147,7 +155,7 @@ def planned(problem, *, tokens=None, gpu=ONE_PROCESSOR):
 
 def run(simulator, problem, **options):
     plan = planned(problem, **options)
-    return decode_attention.run(plan, simulator, problem.query, problem.cache, problem.lengths)
+    return decode_attention.run(plan, simulator, problem.query, problem.cache, problem.lengths, problem.bias)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -257,6 +265,15 @@ def test_caches_that_do_not_go_together(build, reason):
 
 # --------------------------------------------------------------------------------------------------- numbers
 
+
+def padding(rows, tokens, hidden):
+    """Random numbers for each token, and −∞ for the first ones, of each row so many."""
+    found = torch.randn(rows, tokens, generator=torch.Generator().manual_seed(tokens))
+    for row, count in enumerate(hidden):
+        found[row, :count] = -math.inf
+    return found
+
+
 CASES = {
     "fp16": (torch.float16, {"lengths": [1, 15, 16, 17, 64], "group": 3, "size": 64, "bits": 16}),
     "bf16, a window": (torch.bfloat16, {"lengths": [200, 130, 7], "size": 128, "bits": 16, "window": 129}),
@@ -264,6 +281,14 @@ CASES = {
     "int8, 16 queries": (torch.bfloat16, {"lengths": [150, 1], "group": 16, "size": 80, "softcap": 2.5}),
     "int8, 1 query": (torch.float16, {"lengths": [77, 0], "group": 1, "size": 128, "window": 33}),
     "int4": (torch.float16, {"lengths": [63, 128, 129, 300], "group": 4, "size": 96, "bits": 4}),
+    "int8, left padding": (
+        torch.float16,
+        {"lengths": [160, 90], "group": 4, "size": 64, "bias": padding(2, 160, [70, 1])},
+    ),
+    "int4, one bias for all": (
+        torch.bfloat16,
+        {"lengths": [90, 90], "group": 2, "size": 64, "bits": 4, "bias": padding(1, 95, [3])},
+    ),
     "int4, 11 queries": (torch.bfloat16, {"lengths": [40, 65], "group": 11, "size": 256, "bits": 4}),
 }
 
@@ -276,7 +301,13 @@ def test_the_kernel_gives_the_rounded_attention(name):
     found = run(Simulator(order="shuffled"), case)
     assert_rounded(found, case)
     reference = decode_attention.reference(
-        case.query, case.cache, case.lengths, scale=case.scale, softcap=case.softcap, window=case.window
+        case.query,
+        case.cache,
+        case.lengths,
+        scale=case.scale,
+        softcap=case.softcap,
+        window=case.window,
+        bias=case.bias,
     )
     torch.testing.assert_close(reference, found, rtol=1e-2, atol=1e-4)
 

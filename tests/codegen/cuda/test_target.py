@@ -13,7 +13,7 @@ from planish.codegen.cuda.hardware import GPUS
 from planish.ir import clone
 from planish.ir.errors import TargetError
 from planish.runtime.calibration.data import completed
-from small_decoders import VOCABULARY, traced_llama
+from small_decoders import VOCABULARY, small_decoder, traced_llama
 
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 11))
 DATA = [{"input_ids": IDS}]
@@ -74,10 +74,62 @@ def test_models_compute_what_onnxruntime_does(name):
     np.testing.assert_allclose(logits(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_generation():
-    passes = W4A16 + ",kv-cache{bits=8}"
-    found, expected = (compiled(passes, target).generate(IDS, 12) for target in (REFERENCES, ONNXRUNTIME))
-    np.testing.assert_array_equal(found, expected)
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "canonicalize,fuse,raise-cache",
+        W4A16 + ",kv-cache{bits=8}",
+        W4A16 + ",kv-cache{bits=4}",
+        "canonicalize,fuse,raise-cache,window{tokens=8}",
+    ],
+    ids=["floats", "int8", "int4", "a window"],
+)
+def test_generation(passes):
+    """Also of prompts of two lengths, which are padded."""
+    found, expected = (compiled(passes, target) for target in (REFERENCES, ONNXRUNTIME))
+    assert all(slot.in_place for slot in found.decoder(capacity=40).cache.slots)
+    for prompts in (IDS, [IDS[0, :4].tolist(), IDS[1].tolist()]):
+        np.testing.assert_array_equal(found.generate(prompts, 12), expected.generate(prompts, 12))
+
+
+def test_generation_with_evictions():
+    passes = "canonicalize,fuse,evict{policy=snapkv,window=4,keep=0.5,recent=4}"
+    found, expected = (compiled(passes, target) for target in (REFERENCES, ONNXRUNTIME))
+    tokens = (model.generate(IDS[:1], 16, evict_every=4) for model in (found, expected))
+    np.testing.assert_array_equal(*tokens)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_are_written_into_the_buffers_of_the_cache(bits):
+    """Which are of the module's precision, and stay where they are."""
+    model = compiled(f"canonicalize,fuse,kv-cache{{bits={bits}}}", planish.get_target("cuda", device="cpu"))
+    decoder = model.decoder(capacity=40)
+    tensors = {name: value.tensor for name, value in decoder.cache.buffers.items()}
+    model.generate(IDS[:1], 12, decoder=decoder)
+    for name, value in decoder.cache.buffers.items():
+        assert value.tensor is tensors[name]
+        assert value.tensor[:, :, : decoder.length].any()
+        assert not value.tensor[:, :, decoder.length :].any()
+
+
+@needs_compiler
+def test_weights_that_are_sparse_have_a_kernel_of_their_own(monkeypatch):
+    module = small_decoder()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            fours = layer.weight.data.view(len(layer.weight), -1, 4)
+            fours.scatter_(2, fours.abs().topk(2, largest=False).indices, 0)
+    traced = planish.trace_causal_lm(module)
+    model, reference = (
+        planish.compile(clone(traced), W4A16, target=target)
+        for target in (planish.get_target("cuda", device="cpu"), planish.get_target("torch"))
+    )
+    assert calls(model.module) == {"sparse_w4a16": 9, "normalize": 5, "swiglu": 2}
+    expected = logits(reference)
+    for launcher in (None, SimulatedGpu()):
+        monkeypatch.setattr(torch_ops, "_launcher_of", lambda _tensor, launcher=launcher: launcher)
+        # Each step is rounded to 11 bits.
+        np.testing.assert_allclose(logits(model), expected, rtol=0, atol=8e-3 * np.abs(expected).max())
 
 
 class SimulatedGpu(Simulator):
@@ -101,6 +153,27 @@ def test_a_model_runs_through_the_kernels(passes, monkeypatch):
     scale = np.abs(exact).max()
     allowed = 8e-3 * scale + 2 * np.abs(by_references - exact).max()
     assert np.abs(by_kernels - exact).max() < allowed
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_decoder_generates_through_the_kernel_of_attention(bits, monkeypatch):
+    traced = planish.trace_causal_lm(small_decoder(head_dim=32))
+    cache = "raise-cache" if bits == 16 else f"kv-cache{{bits={bits}}}"
+    target = planish.get_target("cuda", device="cpu")
+    model = planish.compile(traced, f"canonicalize,fuse,{cache}", target=target, calibration=DATA)
+    launched = []
+
+    class Recording(SimulatedGpu):
+        def launch(self, launch, arguments):
+            launched.append(launch.kernel.name)
+            super().launch(launch, arguments)
+
+    # The greedy tokens of a random model lie far enough apart for float16.
+    expected = model.generate(IDS, 4)
+    monkeypatch.setattr(torch_ops, "_launcher_of", lambda _tensor: Recording())
+    np.testing.assert_array_equal(model.generate(IDS, 4), expected)
+    assert launched.count("decode_attention") == 2 * 3
 
 
 def test_bindings_say_what_runs_each_op_and_why():
@@ -174,6 +247,15 @@ EXAMPLES = {
         40,
         32,
     ),
+    "sparse_w4a16": lambda: (
+        torch.randn(2, 3, 64),
+        torch.zeros(2, 4, 3, 32, 4, dtype=torch.int32),
+        torch.ones(4, 256),
+        None,
+        64,
+        40,
+        32,
+    ),
     "w8a8": lambda: (
         torch.ones(2, 3, 64, dtype=torch.int8),
         torch.ones(2, 3),
@@ -185,6 +267,17 @@ EXAMPLES = {
         0,
         8,
         torch.float16,
+    ),
+    "decode_attention": lambda: (
+        torch.randn(2, 4, 32).half(),
+        torch.zeros(2, 2, 8, 32, dtype=torch.int8),
+        torch.zeros(2, 2, 8, 32, dtype=torch.int8),
+        torch.tensor([3, 8], dtype=torch.int32),
+        None,
+        torch.ones(1),
+        torch.ones(1),
+        0.2,
+        0,
     ),
     "normalize": lambda: (torch.randn(2, 3, 64), torch.ones(64), None, "rms", 1e-5),
     "normalize_quantize": lambda: (torch.randn(2, 3, 64), None, None, "none", 0.0, 127, 1.0),

@@ -31,11 +31,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...ir import ops
-from ...ir.graph_builder import CONTRIB, GraphBuilder
-from ...ir.ops.cached_attention import BITS
-from ...ir.views.masks import CausalMask, causal_mask
-from ...ir.views.values import input_at, integer, number, static_dim
+from ..ir import ops
+from ..ir.graph_builder import CONTRIB, GraphBuilder
+from ..ir.ops.cached_attention import BITS
+from ..ir.views.masks import CausalMask, causal_mask
+from ..ir.views.values import input_at, integer, number, static_dim
 
 KERNEL = "GroupQueryAttention"
 _HIDDEN = float(np.finfo(np.float32).min)
@@ -94,10 +94,11 @@ class CachedAttentionBinder:
 
     Args:
         model: changed in place.
+        forgets: the kernel may forget what lies before a window, where an op allows it.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, *, forgets: bool = True) -> None:
+        self._model, self._forgets = model, forgets
         self._inputs = {str(value.name): value for value in model.graph.inputs}
         self._lengths: dict[ir.Value | None, _Lengths] = {}
         self._biases: dict[ir.Value, ir.Value] = {}
@@ -124,7 +125,7 @@ class CachedAttentionBinder:
                 "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
                 "scale": number(node, "scale", 0.0),
                 **_quantised_attributes(node, scales),
-                **_window_attributes(node, seen),
+                **_window_attributes(node, seen, self._forgets),
             },
             domain=CONTRIB,
             num_outputs=3,
@@ -183,11 +184,11 @@ def _quantised_attributes(node: ir.Node, scales: Sequence[ir.Value | None]) -> d
     }
 
 
-def _window_attributes(node: ir.Node, mask: CausalMask) -> dict[str, int]:
+def _window_attributes(node: ir.Node, mask: CausalMask, may_forget: bool) -> dict[str, int]:
     if mask.window is None:
         return {}
     multiple = _WINDOW_MULTIPLES[BITS[node.overload]]
-    forgets = bool(integer(node, "window")) and _head_size(node) % multiple == 0
+    forgets = may_forget and bool(integer(node, "window")) and _head_size(node) % multiple == 0
     return {"local_window_size": mask.window} | ({"sliding_window_cache": 1} if forgets else {})
 
 
