@@ -16,6 +16,7 @@ _RESULTS = Path(__file__).parent / "results" / "cuda_resources.md"
 
 def main() -> None:
     """Compile and write."""
+    spills = 0
     lines = [
         "# Resources of CUDA kernels",
         "",
@@ -31,6 +32,7 @@ def main() -> None:
         cells = []
         for architecture in ARCHITECTURES:
             found = compiled(launch.kernel, architecture).resources
+            spills += found.spilled_bytes + found.stack_bytes
             spilled = f" ({found.spilled_bytes} spilled)" if found.spilled_bytes else ""
             cells.append(f"{found.registers}{spilled}")
         constants = ", ".join(f"{name}={value}" for name, value in launch.kernel.constants)
@@ -40,6 +42,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     _RESULTS.write_text("\n".join([*lines, ""]))
+    if spills:
+        raise SystemExit("a kernel spills")
 
 
 if __name__ == "__main__":

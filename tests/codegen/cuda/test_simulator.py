@@ -242,7 +242,11 @@ BUGS = {
         "__syncthreads();  // all warps have left",
         "// all warps have left",
     ),
-    "the token beyond the last is seen": ("decode_attention.cu", "i % 2 < tokens", "i % 2 <= tokens"),
+    "the token beyond the last is seen": (
+        "decode_attention.cu",
+        "place = token < tokens",
+        "place = token <= tokens",
+    ),
     "the running sum is not rescaled": ("decode_attention.cu", "softmax.sum *= rescale;", ""),
     "queries lose their fine parts": (
         "decode_attention.cu",
