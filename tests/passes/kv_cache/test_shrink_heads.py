@@ -1,5 +1,7 @@
 """Fewer numbers per key and value: exact where what goes does not matter, the best otherwise, or refused."""
 
+import functools
+
 import numpy as np
 import planish
 import pytest
@@ -45,9 +47,10 @@ def build(kind="Llama", **options):
     return module
 
 
-@pytest.fixture(scope="module")
-def traced():
-    return planish.trace_causal_lm(build())
+@functools.cache
+def traced(kind="Llama", **options):
+    """Tracing takes seconds; what is traced is not to be changed."""
+    return planish.trace_causal_lm(build(kind, **options))
 
 
 def logits(compiled):
@@ -56,7 +59,7 @@ def logits(compiled):
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_what_is_not_used_is_not_missed(kind):
-    graph = planish.trace_causal_lm(build(kind))
+    graph = clone(traced(kind))
     whole = planish.compile(clone(graph), target=TARGET)
     compiled = planish.compile(
         graph, "canonicalize,shrink-heads{keep=0.5},fuse,raise-cache", target=TARGET, calibration=DATA
@@ -76,7 +79,7 @@ def test_what_is_not_used_is_not_missed(kind):
 def test_layers_may_have_sizes_of_their_own(tmp_path):
     """And are generated with, quantised and from a folder, whose memory is the sum of theirs."""
     passes = "canonicalize,shrink-heads{keep=0.5,layers=[1]},fuse,kv-cache"
-    compiled = planish.compile(build(), passes, target=TARGET, calibration=DATA)
+    compiled = planish.compile(clone(traced()), passes, target=TARGET, calibration=DATA)
     sizes = [value.shape[3] for value in compiled.model.graph.inputs if value.name.endswith(".key")]
     assert sizes == [SIZE, SIZE // 2]
     assert compiled.memory(1, 32).bytes_per_token == 2 * KV_HEADS * (SIZE + SIZE // 2)
@@ -85,16 +88,16 @@ def test_layers_may_have_sizes_of_their_own(tmp_path):
     np.testing.assert_array_equal(opened.generate(IDS[:1], 8), compiled.generate(IDS[:1], 8))
 
 
-def test_layers_that_there_are_not(traced):
+def test_layers_that_there_are_not():
     with pytest.raises(PassError, match=r"expected numbers from 0 to 1, found \[2\]"):
         planish.compile(
-            clone(traced), "canonicalize,shrink-heads{layers=[0,2]}", target="portable", calibration=DATA
+            clone(traced()), "canonicalize,shrink-heads{layers=[0,2]}", target="portable", calibration=DATA
         )
 
 
 def test_a_cache_of_fewer_numbers_can_be_quantised():
     compiled = planish.compile(
-        build(),
+        clone(traced()),
         ["canonicalize", ShrinkHeads(keep=0.5), "fuse", KVCache(bits=8)],
         target=TARGET,
         calibration=DATA,
@@ -148,12 +151,13 @@ def test_principal_axes_are_the_best_projection():
     ],
 )
 def test_what_cannot_be_shrunk(kind, options, passes, reason):
+    model = clone(traced(kind, **options))
     with pytest.raises(PassError, match=reason):
-        planish.compile(build(kind, **options), f"canonicalize,{passes}", target="portable", calibration=DATA)
+        planish.compile(model, f"canonicalize,{passes}", target="portable", calibration=DATA)
 
 
-def test_it_needs_data(traced):
-    model = clone(traced)
+def test_it_needs_data():
+    model = clone(traced())
     with pytest.raises(InputError, match="needs calibration data"):
         run_pipeline(model, Pipeline.of("canonicalize,shrink-heads"), target=TARGET)
 
