@@ -29,6 +29,7 @@ def foreign_onnx() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_node_tests_still_pass(foreign_onnx: ModuleType, tmp_path: Path) -> None:
     spread = foreign_onnx.cases(every=EVERY)
     always = (case for part in ALWAYS for case in foreign_onnx.cases(part))

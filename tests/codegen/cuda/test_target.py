@@ -112,6 +112,7 @@ def test_tokens_are_written_into_the_buffers_of_the_cache(bits):
         assert not value.tensor[:, :, decoder.length :].any()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_weights_that_are_sparse_have_a_kernel_of_their_own(monkeypatch):
     module = small_decoder()
@@ -138,6 +139,7 @@ class SimulatedGpu(Simulator):
     gpu = GPUS["H100"]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("passes", [W4A16, W4A4], ids=["W4A16", "W4A4, rotated"])
 def test_a_model_runs_through_the_kernels(passes, monkeypatch):
@@ -155,6 +157,7 @@ def test_a_model_runs_through_the_kernels(passes, monkeypatch):
     assert np.abs(by_kernels - exact).max() < allowed
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_decoder_generates_through_the_kernel_of_attention(bits, monkeypatch):

@@ -32,6 +32,7 @@ def test_wrong_numbers_are_refused(monkeypatch):
         validate.numbers(Simulator(), H100, SMALL, "cpu")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_kernel_is_timed():
     """On the host, whose seconds mean nothing, in tiny shapes."""

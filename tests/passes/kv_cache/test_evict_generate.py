@@ -153,6 +153,7 @@ def test_at_run_time(fused):
         whole.generate(IDS, 4, evict_every=2)
 
 
+@pytest.mark.slow
 def test_a_window_of_recent_tokens_goes_on_beyond_the_model_s_positions():
     module = small_decoder(num_hidden_layers=1, max_position_embeddings=48)
     window = Evict(policy="recent", keep=0, tokens=16, sinks=2, recent=14, renumber=True)

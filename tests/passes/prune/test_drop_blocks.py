@@ -244,6 +244,7 @@ def test_unreachable_speedup_is_refused_with_the_fastest(products):
     assert not diff_models(model, model_of(BODY, WEIGHTS))
 
 
+@pytest.mark.slow
 def test_speedup_is_measured_on_a_real_target():
     """Which speed-up it is, is the machine's affair; that without any block it is more than 1 is not."""
     model = model_of(BODY, WEIGHTS)
@@ -448,6 +449,7 @@ def test_an_attention_whose_cache_is_needed_stays():
     assert "no cache is left" in skip.reason
 
 
+@pytest.mark.slow
 def test_a_model_that_has_lost_caches_is_timed_against_the_original(llama):
     """Its data lacks the caches of layer 0, which the original still reads."""
     model = clone(llama)
