@@ -173,8 +173,7 @@ class Cache:
     def _allocate(self, slot: CacheSlot, capacity: int) -> None:
         """Have a buffer for so many tokens.
 
-        One that is not much too long stays: new ones at every eviction would leave holes in the heap, and the
-        process would grow with the text.
+        One that is not much too long stays, so that an eviction allocates nothing.
         """
         if not 0 < capacity <= self._capacities.get(slot.past, 0) <= capacity * _SPARE:
             empty = np.zeros((self._batch, slot.heads, capacity, slot.size), slot.dtype)

@@ -115,7 +115,7 @@ class Decoder:
         given[MASK] = self._text.mask
         try:
             outputs = runner.run(given)
-        except InputError:
+        except BaseException:  # Ctrl-C, too: the cache does not hold these tokens
             self._text.truncate(length)
             raise
         self._seen = self._seen + shown.sum(axis=1, keepdims=True)

@@ -85,7 +85,7 @@ def test_a_cache_that_evicts_stays_small_and_is_gone_on_with(fused):
     assert decoder.cache.bytes == 2 * 2 * KV_HEADS * SIZE * 4 * 16
     buffers = dict(decoder.cache.buffers)
     decoder.evict(room=3)
-    # As many tokens again: they go where those before were, or a long text would take ever more memory.
+    # As many tokens again: they go where those before were, and nothing is allocated.
     assert all(decoder.cache.buffers[name] is buffer for name, buffer in buffers.items())
     first = compiled.generate(IDS, 12, decoder=decoder, evict_every=4)
     again = compiled.generate(IDS, 12, evict_every=4)
@@ -165,3 +165,17 @@ def test_a_window_of_recent_tokens_goes_on_beyond_the_model_s_positions():
     whole = planish.compile(module, target=TARGET)
     with pytest.raises(InputError, match="more than the model's 48 positions"):
         whole.generate(IDS, 100)
+
+
+def test_an_interrupted_run_leaves_text_and_cache_alike(fused, monkeypatch):
+    decoder = planish.compile(clone(fused), target=TARGET).decoder(capacity=40)
+    decoder.forward(IDS[:, :5])
+
+    def interrupted(_given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder._runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.forward(IDS[:, 5:6])
+    assert decoder.length == decoder.cache.lengths.max() == 5
