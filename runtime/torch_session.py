@@ -16,6 +16,7 @@ from ..codegen.torch_fx.target import Torch
 from ..codegen.torch_fx.tensors import from_array
 from ..ir.errors import InputError
 from .session import check_feeds, first_line
+from .torch_step import TorchStep
 
 Array = np.ndarray[Any, Any]
 
@@ -80,6 +81,7 @@ class TorchSession:
     def __init__(self, bound: BoundModel, target: Torch) -> None:
         self.module = target.module(bound)
         self._device, self._dtype = torch.device(target.device), target.dtype
+        self._step_module = target.decode_step(bound, self.module)
         self._arguments: Mapping[str, str] = self.module.meta[INPUTS_KEY]
         graph = bound.model.graph
         self.inputs = tuple(Argument.of(value) for value in graph.inputs if value.name in self._arguments)
@@ -125,6 +127,26 @@ class TorchSession:
         }
         with torch.no_grad():
             return {name: TorchValue(tensor) for name, tensor in self.run_torch(feeds).items()}
+
+    def step(self, caches: Mapping[str, TorchValue], tokens: Mapping[str, Array]) -> TorchStep | None:
+        """What runs one token after the other on these caches; None where the target has no such thing.
+
+        Args:
+            caches: by name of the past, of one length; written as long as the step is used.
+            tokens: the other inputs of the first token.
+        """
+        lengths = {value.tensor.shape[2] for value in caches.values()}
+        if self._step_module is None or len(lengths) > 1:
+            return None
+        tensors = {name: value.tensor for name, value in caches.items()}
+        return TorchStep(
+            self._step_module, tensors, {name: self._tensor(array) for name, array in tokens.items()}
+        )
+
+    def run_step(self, step: TorchStep, tokens: Mapping[str, Array]) -> dict[str, TorchValue]:
+        """Run the next token; its outputs are overwritten by the one after it."""
+        outputs = step.run({name: self._tensor(array) for name, array in tokens.items()})
+        return {name: TorchValue(tensor) for name, tensor in outputs.items()}
 
     def repeatable(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
         """A call that runs on these feeds again and again, and waits for the device. It runs once here."""

@@ -12,6 +12,7 @@ torch's own attention, on what the cache is dequantised to.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -70,38 +71,112 @@ def group_query_attention(
     Returns:
         y, like the query; the present keys and values, which are the past's buffers where they had room.
     """
-    batch, new, _ = query.shape
-    length = as_integers(total)[0]
+    new, length = query.shape[1], as_integers(total)[0]
     present = [
-        _appended(past, _heads(added, kv_num_heads), each_scale, length)
+        _appended(past, _stored(_heads(added, kv_num_heads), each_scale, past.dtype), length)
         for past, added, each_scale in ((past_key, key, key_scale), (past_value, value, value_scale))
     ]
-    split = _heads(query, num_heads)
-    factor = scale or 1 / math.sqrt(split.shape[-1])
-    window = max(local_window_size, 0)
-    one_bias = bias is None or bias.shape[1] == 1
-    if new == 1 and one_bias and query.dtype != torch.float64 and present[0].dtype != torch.float32:
+    attention = _Attention(
+        _heads(query, num_heads), bias, (key_scale, value_scale), scale, max(local_window_size, 0)
+    )
+    if new == 1 and attention.has_kernel(present[0]):
+        return attention.by_kernel(present[0], present[1], last + 1), present[0], present[1]
+    new_positions = torch.arange(length - new, length, device=query.device)
+    keys, values = (stored[:, :, :length] for stored in present)
+    return attention.by_torch(keys, values, new_positions), present[0], present[1]
+
+
+def attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_length: Tensor,
+    cosines: None = None,
+    sines: None = None,
+    positions: None = None,
+    bias: Tensor | None = None,
+    sink: None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float = 0.0,
+    local_window_size: int = -1,
+    k_quant_type: str = "NONE",
+    v_quant_type: str = "NONE",
+    kv_cache_bit_width: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_query_attention` of one new token, which asks the device alone for lengths.
+
+    Args:
+        past_length: [1] int64, how many tokens the buffers hold; they have room for one more.
+        bias: [batch or 1, heads or 1, 1, capacity].
+    """
+    for past, added, each_scale in ((past_key, key, key_scale), (past_value, value, value_scale)):
+        past.index_copy_(2, past_length, _stored(_heads(added, kv_num_heads), each_scale, past.dtype))
+    attention = _Attention(
+        _heads(query, num_heads), bias, (key_scale, value_scale), scale, max(local_window_size, 0)
+    )
+    if attention.has_kernel(past_key):
+        lengths = (past_length + 1).to(torch.int32).expand(query.shape[0]).contiguous()
+        return attention.by_kernel(past_key, past_value, lengths), past_key, past_value
+    return attention.by_torch(past_key, past_value, past_length), past_key, past_value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """Of new tokens to a cache that they are in.
+
+    Attributes:
+        query: [batch, heads, sequence, size].
+        bias: [batch or 1, heads or 1, sequence, tokens], added to scores.
+        scales: of keys and values.
+        scale: of scores; 0: one over the root of the size.
+        window: tokens that a query sees; 0 for all.
+    """
+
+    query: Tensor
+    bias: Tensor | None
+    scales: tuple[Tensor | None, Tensor | None]
+    scale: float
+    window: int
+
+    @property
+    def _factor(self) -> float:
+        return self.scale or 1 / math.sqrt(self.query.shape[-1])
+
+    def has_kernel(self, keys: Tensor) -> bool:
+        """Whether ours runs one token."""
+        one_bias = self.bias is None or self.bias.shape[1] == 1
+        return one_bias and self.query.dtype != torch.float64 and keys.dtype != torch.float32
+
+    def by_kernel(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """One token to the first ``lengths`` of a cache."""
+        bias = None if self.bias is None else self.bias[:, 0, 0].float()
         y: Tensor = torch.ops.planish.decode_attention(
-            split[:, :, 0],
-            *present,
-            last + 1,
-            None if bias is None else bias[:, 0, 0].float(),
-            key_scale,
-            value_scale,
-            factor,
-            window,
+            self.query[:, :, 0], keys, values, lengths, bias, *self.scales, self._factor, self.window
         )
-        return y.reshape(batch, new, -1), present[0], present[1]
-    keys, values = (
-        _wide(stored[:, :, :length], each_scale, query.dtype)
-        for stored, each_scale in zip(present, (key_scale, value_scale), strict=True)
-    )
-    shown = _shown(new, length, window, query.device)
-    mask = shown if bias is None else torch.where(shown, bias.to(query.dtype), -math.inf)
-    attended = F.scaled_dot_product_attention(
-        split, keys, values, attn_mask=mask, scale=factor, enable_gqa=True
-    )
-    return attended.transpose(1, 2).reshape(batch, new, -1), present[0], present[1]
+        return y.flatten(1).unsqueeze(1)
+
+    def by_torch(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Tokens at positions [sequence] to what is before them and in their windows."""
+        dtype = self.query.dtype
+        keys, values = (
+            stored if scale is None else dequantized(stored, scale).to(dtype)
+            for stored, scale in zip((keys, values), self.scales, strict=True)
+        )
+        queries, at = positions[:, None], torch.arange(keys.shape[2], device=keys.device)
+        shown = at <= queries
+        if self.window:
+            shown &= at > queries - self.window
+        mask = shown if self.bias is None else torch.where(shown, self.bias.to(dtype), -math.inf)
+        attended = F.scaled_dot_product_attention(
+            self.query, keys, values, attn_mask=mask, scale=self._factor, enable_gqa=True
+        )
+        return attended.transpose(1, 2).flatten(2)
 
 
 def _heads(packed: Tensor, count: int) -> Tensor:
@@ -110,12 +185,17 @@ def _heads(packed: Tensor, count: int) -> Tensor:
     return split.transpose(1, 2)
 
 
-def _appended(past: Tensor, new: Tensor, scale: Tensor | None, length: int) -> Tensor:
+def _stored(new: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """New keys or values as a cache of this type stores them."""
+    if scale is None:
+        return new
+    rounded = torch.round(new.float() / _per_channel(scale, new.shape[1]))
+    integers = rounded.clamp(*_LIMITS[dtype]).to(torch.int8)
+    return pack_four_bits(integers) if dtype == torch.uint8 else integers
+
+
+def _appended(past: Tensor, new: Tensor, length: int) -> Tensor:
     """A cache of ``length`` tokens, the new ones its last."""
-    if scale is not None:
-        rounded = torch.round(new.float() / _per_channel(scale, new.shape[1]))
-        new = rounded.clamp(*_LIMITS[past.dtype]).to(torch.int8)
-        new = pack_four_bits(new) if past.dtype == torch.uint8 else new
     before = length - new.shape[2]
     if past.shape[2] < length:
         return torch.cat([past[:, :, :before], new], dim=2)
@@ -125,15 +205,3 @@ def _appended(past: Tensor, new: Tensor, scale: Tensor | None, length: int) -> T
 
 def _per_channel(scale: Tensor, heads: int) -> Tensor:
     return scale if scale.numel() == 1 else scale.reshape(heads, 1, -1)
-
-
-def _wide(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return stored if scale is None else dequantized(stored, scale).to(dtype)
-
-
-def _shown(new: int, length: int, window: int, device: torch.device) -> Tensor:
-    """[sequence, total]: what is not behind a query, and in its window."""
-    queries = torch.arange(length - new, length, device=device)[:, None]
-    keys = torch.arange(length, device=device)
-    shown = keys <= queries
-    return shown & (keys > queries - window) if window else shown

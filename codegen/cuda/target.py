@@ -21,6 +21,7 @@ from ..target import Binding, BoundModel
 from ..torch_fx.lower import check_lowered
 from ..torch_fx.target import Precision, Torch
 from .binder import Binder, bind_cached_attention
+from .decode_step import decode_step, lengths_of
 from .lowering import OPS
 
 
@@ -67,6 +68,11 @@ class Cuda(Torch):
         model = clone(bound.model)
         self._binder(model).rewrite()
         return self.lowered(model, OPS)
+
+    def decode_step(self, bound: BoundModel, module: fx.GraphModule) -> fx.GraphModule | None:
+        """See `Torch.decode_step`."""
+        lengths = lengths_of(bound.model)
+        return None if isinstance(lengths, str) else decode_step(module, lengths)
 
     def _binder(self, model: ir.Model) -> Binder:
         return Binder(model, self.dtype, only_references=self.device == "cpu")

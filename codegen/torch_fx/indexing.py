@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .registry import Integers, Lowering, as_integers, standard
@@ -15,12 +17,19 @@ def gather(x: Tensor, indices: Integers, *, axis: int = 0) -> Tensor:
     """``x[..., indices, ...]``; negative indices count from the end."""
     if isinstance(indices, int):
         return x.select(axis, indices)
+    axis = axis % x.ndim
+    if not isinstance(indices, torch.Tensor) and _is_flat(indices):
+        # A tensor of the indices would be copied to the device in every call.
+        return torch.cat([x.narrow(axis, index, 1) for index in indices], dim=axis)
     if not isinstance(indices, torch.Tensor):
         indices = torch.tensor(indices, dtype=torch.int64, device=x.device)
-    axis = axis % x.ndim
     flat = _wrap(indices, x.shape[axis]).reshape(-1)
     picked = x.index_select(axis, flat)
     return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+def _is_flat(indices: Sequence[int]) -> bool:
+    return len(indices) > 0 and all(isinstance(index, int) for index in indices)
 
 
 def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:

@@ -35,7 +35,8 @@ from . import (
     shape,
 )
 from .module_names import ModuleNames
-from .registry import Lowering, OpKey, Registry
+from .positions import computed_from_integers
+from .registry import Lowering, OpKey, Registry, is_list
 from .tensors import from_array, torch_dtype, torch_tensor
 
 _GROUPS = (
@@ -65,8 +66,6 @@ INPUTS_KEY = "planish.inputs"
 
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"})
 _MADE_IN_PLACE = frozenset({"Constant", "Identity"})
-_LONGEST_LIST = 64
-"""Constants of shape operands up to this size are written into the graph as numbers."""
 
 
 def lower(
@@ -88,7 +87,8 @@ def lower(
     Args:
         model: the graph, at opset 23; not changed.
         dtype: compute in this floating-point type: weights, constants, inputs and casts to 16-, 32- and
-            64-bit floats take it. By default every tensor keeps its own type.
+            64-bit floats take it. By default every tensor keeps its own type. What is computed from integers
+            alone keeps its own in a type of 16 bits.
         device: where weights and tensors made from numbers live.
         trainable: names of initializers that become parameters with memory of their own. All others are
             buffers that share the memory of the IR, unless ``dtype`` or ``device`` makes them copies: do not
@@ -186,7 +186,11 @@ class _Builder:
         self._device = device
         self._trainable = trainable
         self._graph = fx.Graph()
+        narrow = dtype is not None and dtype.itemsize < torch.float32.itemsize
+        self._wide = computed_from_integers(graph) if narrow else frozenset[ir.Node]()
         self._values: dict[ir.Value, fx.Node] = {}
+        self._narrowed: dict[ir.Value, fx.Node] = {}
+        self._constants: dict[tuple[ir.Value, torch.dtype | None], fx.Node] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._names = ModuleNames()
         self._arguments: set[str] = set()
@@ -285,7 +289,7 @@ class _Builder:
             tensor = ir.convenience.get_const_tensor(value)
             if tensor is not None and _is_list(tensor, entry):
                 return tensor.numpy().tolist()
-        return self._value(value, exact=index in entry.exact)
+        return self._value(value, exact=index in entry.exact or node in self._wide)
 
     def _operand(self, node: ir.Node, index: int) -> fx.Node:
         value = node.inputs[index]
@@ -294,13 +298,25 @@ class _Builder:
         return self._value(value)
 
     def _value(self, value: ir.Value, *, exact: bool = False) -> fx.Node:
-        """The fx node that holds a value; fetches initializers and constants when they are first read."""
-        if value not in self._values:
-            tensor = ir.convenience.get_const_tensor(value)
-            if tensor is None:
-                raise TargetError(f"torch-fx: {value.name!r} is read before it is computed")
-            self._values[value] = self._constant(value, tensor, None if exact else self._dtype)
-        return self._values[value]
+        """The fx node that holds a value, in its own type or the module's."""
+        tensor = ir.convenience.get_const_tensor(value)
+        if value in self._values:
+            found = self._values[value]
+            return found if exact or value.producer() not in self._wide else self._narrow(value, found)
+        if tensor is None:
+            raise TargetError(f"torch-fx: {value.name!r} is read before it is computed")
+        dtype = None if exact or not tensor.dtype.is_floating_point() else self._dtype
+        if (value, dtype) not in self._constants:
+            self._constants[value, dtype] = self._constant(value, tensor, dtype)
+        return self._constants[value, dtype]
+
+    def _narrow(self, value: ir.Value, wide: fx.Node) -> fx.Node:
+        """A result that was computed in 32 bits in the module's type."""
+        if value.dtype is None or not value.dtype.is_floating_point():
+            return wide
+        if value not in self._narrowed:
+            self._narrowed[value] = self._graph.call_method("to", (wide, self._dtype))
+        return self._narrowed[value]
 
     def _constant(self, value: ir.Value, tensor: ir.TensorProtocol, dtype: torch.dtype | None) -> fx.Node:
         result = torch_tensor(tensor, dtype)
@@ -341,7 +357,7 @@ class _Builder:
         return attributes
 
     def _type(self, node: ir.Node, dtype: ir.DataType) -> torch.dtype:
-        found = torch_dtype(dtype, self._dtype)
+        found = torch_dtype(dtype, None if node in self._wide else self._dtype)
         if found is None or dtype.bitwidth < 8:
             raise TargetError(f"torch-fx: node {node.name!r} ({node.op_type}): torch has no {dtype.name}")
         return found
@@ -363,8 +379,7 @@ def _is_list(tensor: ir.TensorProtocol, entry: Lowering) -> bool:
     """Whether a constant of a shape operand is handed over as numbers."""
     if entry.creates and tensor.dtype != ir.DataType.INT64:
         return False
-    # A list of no lists has lost its second dimension.
-    return tensor.size <= _LONGEST_LIST and (len(tensor.shape) <= 1 or tensor.size > 0)
+    return is_list(tensor.shape.numpy())
 
 
 def _op_name(key: OpKey) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ class Lowering:
     only: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
 
 
+_LONGEST_LIST = 64
+"""Numbers of the longest operand that is written into the graph."""
 Registry = Mapping[OpKey, Lowering]
 Integers = torch.Tensor | Sequence[int] | int
 """An operand that was declared in `Lowering.integers`."""
@@ -52,6 +55,13 @@ def as_integers(operand: Integers) -> list[int]:
     if isinstance(operand, torch.Tensor):
         return [int(item) for item in operand.reshape(-1).tolist()]
     return [int(item) for item in operand] if isinstance(operand, Sequence) else [int(operand)]
+
+
+def is_list(shape: Sequence[int]) -> bool:
+    """Whether a constant operand that says something about shapes is written into the graph as numbers."""
+    size = math.prod(shape)
+    # A list of no lists has lost its second dimension.
+    return size <= _LONGEST_LIST and (len(shape) <= 1 or size > 0)
 
 
 def standard(table: Mapping[str, Callable[..., Any] | Lowering]) -> dict[OpKey, Lowering]:

@@ -96,6 +96,18 @@ class Torch(Target):
             ops=ops,
         )
 
+    def decode_step(self, bound: BoundModel, module: fx.GraphModule) -> fx.GraphModule | None:
+        """What runs one token of a decoder on buffers that stay, for a CUDA graph to capture.
+
+        Args:
+            bound: the decoder.
+            module: its own.
+
+        Returns:
+            See `planish.codegen.cuda.decode_step`; None where there is no such thing.
+        """
+        return None
+
     @property
     def dtype(self) -> torch.dtype | None:
         """That all floating-point tensors take; None if they keep their own."""

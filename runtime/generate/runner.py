@@ -3,11 +3,13 @@
 Binding takes as long as a small layer, and asking onnxruntime for its outputs the longer the more there are.
 So a run of one token, of which there are many, writes to buffers that stay bound: the cache's, and one for
 each other output. Only outputs whose shape is known by their run alone have one: caches that grow have not.
+On a GPU such runs are launches of one CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from ...ir.errors import InputError
 from ..executor import Executor
 from ..session import Session, first_line
 from ..torch_session import TorchSession, TorchValue
+from ..torch_step import TorchStep
 from .cache import Cache
 
 Tokens = npt.NDArray[np.int64]
@@ -91,31 +94,38 @@ class Runner:
         self._bound_to_buffers = buffers is not None
 
 
-class PlainRunner:
-    """Runs a decoder whose caches grow, without anything that is bound.
+class TorchRunner:
+    """Runs a decoder of torch; one token at a time in steps, where its target has them.
 
     Args:
-        executor: of the bound model.
+        session: of the bound model.
         cache: what is in it goes in, and what comes out is in it next.
     """
 
-    def __init__(self, executor: TorchSession, cache: Cache) -> None:
-        self._executor, self._cache = executor, cache
-        self.inputs = {argument.name for argument in executor.inputs}
+    def __init__(self, session: TorchSession, cache: Cache) -> None:
+        self._session, self._cache = session, cache
+        self.inputs = {argument.name for argument in session.inputs}
+        self._step: TorchStep | None = None
 
     def rebind(self) -> None:
-        """Nothing is bound."""
+        """Forget the step, whose caches were replaced."""
+        self._step = None
 
     def run(self, given: Mapping[str, Tokens]) -> Mapping[str, TorchValue]:
         """See `Runner.run`."""
         tokens = {name: array for name, array in given.items() if name in self.inputs}
-        return self._executor.run_values({**tokens, **self._cache.buffers})
+        caches = {name: cast(TorchValue, value) for name, value in self._cache.buffers.items()}
+        if given[_IDS].shape[1] == 1:
+            self._step = self._step or self._session.step(caches, tokens)
+            if self._step is not None:
+                return self._session.run_step(self._step, tokens)
+        return self._session.run_values({**tokens, **caches})
 
 
-def runner_of(executor: Executor, cache: Cache, *, batch: int) -> Runner | PlainRunner:
+def runner_of(executor: Executor, cache: Cache, *, batch: int) -> Runner | TorchRunner:
     """What runs a decoder on a cache."""
     if isinstance(executor, TorchSession):
-        return PlainRunner(executor, cache)
+        return TorchRunner(executor, cache)
     return Runner(executor, cache, batch=batch)
 
 
