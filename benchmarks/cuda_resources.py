@@ -21,7 +21,7 @@ def main() -> None:
         "# Resources of CUDA kernels",
         "",
         f"Compiled by NVRTC {compiler_version()}; registers of a thread, and spilled bytes where there "
-        "are any. Plans are for an H100, 1, 16, 32 and 512 rows, a weight of 4,096 × 4,096, and a "
+        "are any. All that plans choose from for an H100, a weight of 4,096 × 4,096, and a "
         "cache of 8 heads and 8,192 tokens. Written by `benchmarks/cuda_resources.py`; nothing was run on a "
         "GPU.",
         "",

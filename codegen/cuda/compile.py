@@ -11,14 +11,11 @@ import dataclasses
 import hashlib
 import importlib
 import io
-import os
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from ...ir.errors import TargetError
-from ..machine import cache_directory
+from ..machine import cache_directory, write_whole
 from .kernel import KERNELS, Kernel
 
 _STANDARD = "c++17"
@@ -66,8 +63,8 @@ def compiled(kernel: Kernel, architecture: str) -> Compiled:
     result = Compiled(found, resources(text, kernel))
     folder.mkdir(parents=True, exist_ok=True)
     # The code last: an entry without its log is compiled again.
-    _write(log, text.encode())
-    _write(code, found)
+    write_whole(log, text.encode())
+    write_whole(code, found)
     return result
 
 
@@ -142,10 +139,3 @@ def _key(kernel: Kernel, architecture: str) -> str:
     text = [architecture, _STANDARD, compiler_version(), str(kernel)]
     text += [path.read_text() for path in sorted({kernel.source, *KERNELS.glob("*.cuh")})]
     return hashlib.sha256("\0".join(text).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(name, path)

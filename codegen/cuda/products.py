@@ -1,16 +1,31 @@
-"""What products of packed weights share: plans, and the sum over parts that the depth is split into."""
+"""What products of packed weights share: plans, and the sum over parts that the depth is split into.
+
+The modules of products are alike: of all ``candidates``, ``plan`` takes the one that was measured to be the
+fastest (see `planish.codegen.cuda.tuning`) or is ``predicted`` to be, and ``run`` runs it, or what stands in.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Final, Literal
 
 import torch
 
+from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher
 
 Tensor = torch.Tensor
 
+Configuration = tuple[int, int] | Literal["library"]
+"""What tells the candidates of a product apart: rows of a block and parts of the depth, or `LIBRARY`."""
+LIBRARY: Final = "library"
+"""The weight is dequantised by a kernel, and the library multiplies."""
+
 _THREADS = 128
+_SPLITS = (1, 2, 4, 8, 16)
+_MOST_ROUNDS = 16
+"""Of blocks on all processors, when a depth is split: its parts are only there to keep them busy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +45,29 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """Why no kernel runs a product: it is run by dequantising the weight first.
+    """Why no kernel of its own runs a product: its reference does, or the library.
 
     Attributes:
         reason: in words.
-        by_kernel: whether a kernel dequantises.
+        by_kernel: whether a kernel dequantises the weight for the library.
     """
 
     reason: str
     by_kernel: bool = False
+
+
+def ways_to_split(blocks: int, tiles: int, fewest_tiles: int, gpu: Gpu) -> Iterator[int]:
+    """Numbers of parts that the depth of a product may be split into.
+
+    Args:
+        blocks: of the product, not split.
+        tiles: along its depth.
+        fewest_tiles: that a part has.
+        gpu: where it runs.
+    """
+    for parts in _SPLITS:
+        if parts == 1 or (tiles // parts >= fewest_tiles and blocks * parts <= _MOST_ROUNDS * gpu.processors):
+            yield parts
 
 
 def addition(m: int, n: int, dtype: torch.dtype, *, bias: bool) -> Launch:

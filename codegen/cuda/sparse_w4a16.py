@@ -22,9 +22,11 @@ import dataclasses
 
 import torch
 
+from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
-from .products import Fallback, Plan, addition, run_product
+from .products import Configuration, Fallback, Plan, addition, run_product, ways_to_split
+from .tuning import NOTHING, Case, Table
 
 Tensor = torch.Tensor
 
@@ -44,6 +46,8 @@ _FEWEST_TILES = 4
 """Tiles along K that a block has at least when a product is split."""
 _MOST_BLOCKS = 65535
 """Along an axis of a grid that is not its first."""
+_WIDENING = 2.0
+"""Instructions that a lane has for each weight that is kept: to widen pairs, and to scale them."""
 _AT_ONCE = 8
 """Numbers that the kernel copies and stores at a time."""
 
@@ -203,9 +207,17 @@ def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
 
 
 def plan(
-    m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, bias: bool, gpu: Gpu
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    bias: bool,
+    gpu: Gpu,
+    table: Table = NOTHING,
 ) -> Plan | Fallback:
-    """Choose tiles and splits for one shape.
+    """Choose how to run one shape: as was measured to be fastest, or is predicted to be.
 
     Args:
         m, n, k: sizes of the product, not padded; any.
@@ -213,16 +225,32 @@ def plan(
         dtype: of activations and scales.
         bias: whether there is one.
         gpu: where it runs.
+        table: what was measured.
     """
     reason = _reason_not_to(m, group_size, dtype, gpu)
     if reason:
         return Fallback(reason)
-    tile_m = _tile_m(m)
-    columns, rows, tiles = -(-n // BLOCK_COLUMNS), -(-m // tile_m), -(-k // TILE_K)
-    splits = 1
-    # More blocks than processors are no use, and short blocks only fill their pipeline.
-    while columns * rows * splits * 2 <= gpu.processors and tiles // (splits * 2) >= _FEWEST_TILES:
-        splits *= 2
+    found = candidates(m, n, k, group_size=group_size, dtype=dtype, bias=bias, gpu=gpu)
+    case = Case("sparse_w4a16", m, n, k, str(dtype), group_size)
+    return table.choice(found, case, gpu) or min(
+        found.values(), key=lambda plan: predicted(plan, m, n, k, group_size=group_size, gpu=gpu)
+    )
+
+
+def candidates(
+    m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, bias: bool, gpu: Gpu
+) -> dict[Configuration, Plan]:
+    """All that `plan` chooses from, of equal ones the first."""
+    columns, tiles = -(-n // BLOCK_COLUMNS), -(-k // TILE_K)
+    return {
+        (tile_m, splits): _tiled(m, n, tile_m, splits, group_size, dtype, bias)
+        for tile_m in _STAGES
+        if -(-m // tile_m) <= _MOST_BLOCKS and shared_bytes(tile_m, group_size) <= gpu.shared_bytes
+        for splits in ways_to_split(columns * -(-m // tile_m), tiles, _FEWEST_TILES, gpu)
+    }
+
+
+def _tiled(m: int, n: int, tile_m: int, splits: int, group_size: int, dtype: torch.dtype, bias: bool) -> Plan:
     kernel = Kernel(
         "sparse_w4a16",
         (
@@ -236,12 +264,40 @@ def plan(
             ("SPLIT", int(splits > 1)),
         ),
     )
-    product = Launch(kernel, (columns, rows, splits), _THREADS, shared_bytes(tile_m, group_size))
+    grid = (-(-n // BLOCK_COLUMNS), -(-m // tile_m), splits)
+    product = Launch(kernel, grid, _THREADS, shared_bytes(tile_m, group_size))
     return Plan(product, splits, addition(m, _up(n, _AT_ONCE), dtype, bias=bias) if splits > 1 else None)
 
 
-def _tile_m(m: int) -> int:
-    return next((rows for rows in _STAGES if m <= rows), max(_STAGES))
+def weight_bytes(n: int, k: int, *, group_size: int) -> int:
+    """Of a packed weight, padded."""
+    columns, rows = _up(n, BLOCK_COLUMNS), _up(k, TILE_K)
+    return rows * columns * 3 // 8 + _groups(rows, group_size) * columns * 2
+
+
+def predicted(plan: Plan, m: int, n: int, k: int, *, group_size: int, gpu: Gpu) -> float:
+    """Seconds of a plan, see `planish.codegen.cuda.predict`."""
+    columns, rows, splits = plan.product.grid
+    constants = dict(plan.product.kernel.constants)
+    tile_m, stages = int(constants["TILE_M"]), int(constants["STAGES"])
+    weight = weight_bytes(n, k, group_size=group_size)
+    parts = 4.0 * m * n * splits if splits > 1 else 0.0
+    kept_of_a_row = columns * BLOCK_COLUMNS * _up(k, TILE_K) * _KEPT / _FOUR
+    work = predict.Work(
+        bytes=weight + 2.0 * m * k + (parts or 2.0 * m * n),
+        cached_bytes=weight * rows + 2.0 * m * k * columns,
+        operations=2.0 * rows * tile_m * kept_of_a_row,
+        lane_operations=rows * kept_of_a_row * _WIDENING,
+        blocks=columns * rows * splits,
+        threads=plan.product.threads,
+        shared_bytes=plan.product.shared_bytes,
+        flying_bytes=plan.product.shared_bytes * (stages - 1) // stages,
+    )
+    # Tensor cores take no longer for what is kept of four weights than for two that are dense.
+    product = predict.seconds(work, gpu.half_rate, gpu)
+    if plan.addition is None:
+        return predict.launched(product)
+    return predict.launched(product, predict.copied(parts + 2.0 * m * n, gpu))
 
 
 def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
@@ -256,7 +312,7 @@ def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str
         return "no rows"
     if m > _MOST_BLOCKS * max(_STAGES):
         return f"{m} rows: a grid has {_MOST_BLOCKS} blocks of {max(_STAGES)}"
-    needed = shared_bytes(_tile_m(m), group_size)
+    needed = shared_bytes(min(_STAGES), group_size)
     if needed > gpu.shared_bytes:
         return f"{needed} bytes of shared memory, and the GPU has {gpu.shared_bytes}"
     return ""
@@ -270,8 +326,12 @@ def shared_bytes(tile_m: int, group_size: int) -> int:
     return max(_STAGES[tile_m] * stage, tile_m * BLOCK_COLUMNS * 4)
 
 
-def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """The product [M, N] of x [M, K], contiguous, by the kernels of a plan."""
+def run(
+    plan: Plan | Fallback, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: Tensor | None
+) -> Tensor:
+    """The product [M, N] of x [M, K], contiguous, by the kernels of a plan, or by `reference`."""
+    if isinstance(plan, Fallback):
+        return reference(x, packed, bias)
     m, n, k = len(x), _up(packed.columns, _AT_ONCE), _up(packed.rows, _AT_ONCE)
     bias = None if bias is None else padded(bias, n)
     y = x.new_empty(m, n)

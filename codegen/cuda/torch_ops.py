@@ -10,7 +10,8 @@ Leading dimensions of activations are free. Where no kernel runs a call, its ref
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,12 @@ from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .gpu import GpuLauncher
 from .products import Fallback, Plan
 from .rows import Norm, Quantization, Rows
+from .tuning import tuned
 
 Tensor = torch.Tensor
 _Pair = tuple[Tensor, Tensor]
+_Packed = w4a16.PackedWeight | sparse_w4a16.PackedWeight | w8a8.PackedWeight
 
-_planned_w4a16 = functools.lru_cache(maxsize=4096)(w4a16.plan)
-_planned_sparse = functools.lru_cache(maxsize=4096)(sparse_w4a16.plan)
-_planned_w8a8 = functools.lru_cache(maxsize=4096)(w8a8.plan)
 _planned_attention = functools.lru_cache(maxsize=4096)(decode_attention.plan)
 _launcher_of_device = functools.cache(GpuLauncher)
 
@@ -43,6 +43,38 @@ def _matrix(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- products
 
 
+@functools.lru_cache(maxsize=4096)
+def _planned(plan: Callable[..., Plan | Fallback], *sizes: int, **options: Hashable) -> Plan | Fallback:
+    return plan(*sizes, **options)
+
+
+def _product(
+    kernel: ModuleType, x: Tensor, packed: _Packed, operands: tuple[Any, ...], **options: Hashable
+) -> Tensor:
+    """A product as the kernel's module runs it.
+
+    Args:
+        kernel: the module.
+        x: activations.
+        packed: the weight.
+        operands: of the module's ``run`` and ``reference``, after the activations.
+        options: of its plan, beside those that all plans have.
+    """
+    launcher, matrix = _launcher_of(x), _matrix(x)
+    if launcher is None:
+        product = kernel.reference(matrix, *operands)
+    else:
+        sizes, gpu = (len(matrix), packed.columns, packed.rows), launcher.gpu
+        table, group_size = tuned(gpu.name), packed.group_size
+        plan = _planned(kernel.plan, *sizes, group_size=group_size, gpu=gpu, table=table, **options)
+        product = kernel.run(plan, launcher, matrix, *operands)
+    return cast(Tensor, product).view(*x.shape[:-1], packed.columns)
+
+
+def _product_fake(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+
+
 def _w4a16(
     x: Tensor,
     weights: Tensor,
@@ -53,34 +85,9 @@ def _w4a16(
     columns: int,
     group_size: int,
 ) -> Tensor:
-    launcher, matrix = _launcher_of(x), _matrix(x)
     packed = w4a16.PackedWeight(weights, scales, shifts, rows, columns, group_size)
-    plan = None
-    if launcher is not None:
-        plan = _planned_w4a16(
-            len(matrix),
-            columns,
-            rows,
-            group_size=group_size,
-            dtype=x.dtype,
-            shifted=shifts is not None,
-            bias=bias is not None,
-            gpu=launcher.gpu,
-        )
-    if launcher is not None and isinstance(plan, Plan):
-        product = w4a16.run(plan, launcher, matrix, packed, bias)
-    elif launcher is not None:
-        by_kernel = isinstance(plan, Fallback) and plan.by_kernel
-        weight = w4a16.dequantize(launcher, packed) if by_kernel else w4a16.dequantized(packed)
-        product = torch.nn.functional.linear(matrix, weight.T, bias)
-    else:
-        product = w4a16.reference(matrix, packed, bias)
-    return product.view(*x.shape[:-1], columns)
-
-
-def _w4a16_fake(x: Tensor, weights: Tensor, *others: Any) -> Tensor:
-    columns: int = others[4]
-    return x.new_empty(*x.shape[:-1], columns)
+    options = {"dtype": x.dtype, "shifted": shifts is not None, "bias": bias is not None}
+    return _product(w4a16, x, packed, (packed, bias), **options)
 
 
 def _sparse_w4a16(
@@ -92,29 +99,8 @@ def _sparse_w4a16(
     columns: int,
     group_size: int,
 ) -> Tensor:
-    launcher, matrix = _launcher_of(x), _matrix(x)
     packed = sparse_w4a16.PackedWeight(weights, scales, rows, columns, group_size)
-    plan = None
-    if launcher is not None:
-        plan = _planned_sparse(
-            len(matrix),
-            columns,
-            rows,
-            group_size=group_size,
-            dtype=x.dtype,
-            bias=bias is not None,
-            gpu=launcher.gpu,
-        )
-    if launcher is not None and isinstance(plan, Plan):
-        product = sparse_w4a16.run(plan, launcher, matrix, packed, bias)
-    else:
-        product = sparse_w4a16.reference(matrix, packed, bias)
-    return product.view(*x.shape[:-1], columns)
-
-
-def _sparse_w4a16_fake(x: Tensor, weights: Tensor, scales: Tensor, *others: Any) -> Tensor:
-    columns: int = others[2]
-    return x.new_empty(*x.shape[:-1], columns)
+    return _product(sparse_w4a16, x, packed, (packed, bias), dtype=x.dtype, bias=bias is not None)
 
 
 def _w8a8(
@@ -129,30 +115,9 @@ def _w8a8(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    launcher, matrix = _launcher_of(x), _matrix(x)
     packed = w8a8.PackedWeight(weights, scales, rows, columns, group_size, bits)
-    plan = None
-    if launcher is not None:
-        plan = _planned_w8a8(
-            len(matrix),
-            columns,
-            rows,
-            group_size=group_size,
-            bits=bits,
-            dtype=dtype,
-            bias=bias is not None,
-            gpu=launcher.gpu,
-        )
-    if launcher is not None and isinstance(plan, Plan):
-        product = w8a8.run(plan, launcher, matrix, x_scales.reshape(-1), packed, bias, dtype)
-    else:
-        product = w8a8.reference(matrix, x_scales.reshape(-1), packed, bias, dtype)
-    return product.view(*x.shape[:-1], columns)
-
-
-def _w8a8_fake(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor, *others: Any) -> Tensor:
-    columns, dtype = others[2], others[5]
-    return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+    operands = (x_scales.reshape(-1), packed, bias, dtype)
+    return _product(w8a8, x, packed, operands, bits=bits, dtype=dtype, bias=bias is not None)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -289,19 +254,19 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "(Tensor x, Tensor weights, Tensor scales, Tensor? shifts, Tensor? bias, int rows, int columns, "
         "int group_size) -> Tensor",
         _w4a16,
-        _w4a16_fake,
+        lambda x, *others: _product_fake(x, others[5]),
     ),
     "sparse_w4a16": (
         "(Tensor x, Tensor weights, Tensor scales, Tensor? bias, int rows, int columns, int group_size) "
         "-> Tensor",
         _sparse_w4a16,
-        _sparse_w4a16_fake,
+        lambda x, *others: _product_fake(x, others[4]),
     ),
     "w8a8": (
         "(Tensor x, Tensor x_scales, Tensor weights, Tensor scales, Tensor? bias, int rows, int columns, "
         "int group_size, int bits, ScalarType dtype) -> Tensor",
         _w8a8,
-        _w8a8_fake,
+        lambda x, *others: _product_fake(x, others[5], others[8]),
     ),
     "decode_attention": (
         "(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor? bias, Tensor? key_scale, "

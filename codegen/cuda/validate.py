@@ -3,15 +3,20 @@
 It compares every kernel with float64, captures a product in a CUDA graph, gives one to `torch.compile`, times
 kernels beside what torch would run instead and beside the roofline, with the GPU's cache flushed before each
 call, and writes a table with the versions of all that took part. Nothing is written if a number is wrong.
+
+With ``--tune`` it first times all plans that layers of the given shapes could have. The fastest ones become
+this GPU's in planish's cache folder, and are used from then on (see `planish.codegen.cuda.tuning`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +29,28 @@ from . import (
     rows,
     torch_ops,  # noqa: F401 (registers the ops)
     w4a16,
-    w8a8,
 )
 from .checks import LARGE, Sizes, agreements
 from .gpu import GpuLauncher
 from .hardware import Gpu
 from .kernel import Launcher
-from .products import Fallback, Plan
+from .layers import TIMED, Layer, Timer, fastest
+from .products import Fallback
 from .rows import Quantization
+from .tuning import Table, add, tuned
 
 Tensor = torch.Tensor
-Timer = Callable[[Callable[[], Any]], float]
-"""Seconds of a call."""
 
 _LEAST_WITHIN = 0.999
 _REPEATS, _WARM_UP = 30, 5
 _FLUSHED_BYTES = 256 << 20
 """More than any GPU's cache."""
+_RATES: Mapping[str, Callable[[Gpu], float]] = {
+    "w4a16": lambda gpu: gpu.half_rate,
+    "sparse_w4a16": lambda gpu: 2 * gpu.half_rate,
+    "w8a8": lambda gpu: gpu.int8_rate,
+}
+"""Of products, at best."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Timed:
         other: of torch.
         roofline: seconds at best.
         predicted: by the planner; None where it predicts nothing.
+        plan: whether the times that it was chosen by were measured or predicted; empty where none were.
     """
 
     kernel: str
@@ -82,9 +93,12 @@ class Timed:
     other: float
     roofline: float
     predicted: float | None = None
+    plan: str = ""
 
 
-def timings(launcher: Launcher, gpu: Gpu, timer: Timer, shapes: Shapes, device: str) -> Iterator[Timed]:
+def timings(
+    launcher: Launcher, gpu: Gpu, timer: Timer, shapes: Shapes, table: Table, device: str
+) -> Iterator[Timed]:
     """All cases.
 
     Args:
@@ -92,56 +106,40 @@ def timings(launcher: Launcher, gpu: Gpu, timer: Timer, shapes: Shapes, device: 
         gpu: what plans are made for.
         timer: measures a call.
         shapes: of the cases.
+        table: what plans of products are chosen by.
         device: where tensors live.
     """
     torch.manual_seed(0)
     with torch.device(device):
         for n, k in shapes.weights:
-            for m in shapes.m:
-                yield from _w4a16(launcher, gpu, timer, m, n, k)
-                yield from _w8a8(launcher, gpu, timer, m, n, k)
+            for make in TIMED:
+                layer = make(n, k)
+                for m in shapes.m:
+                    yield from _product(launcher, gpu, timer, layer, m, table)
         yield from _rows(launcher, gpu, timer, *shapes.row)
         for tokens in shapes.tokens:
             yield from _attention(launcher, gpu, timer, tokens, shapes)
 
 
-def _w4a16(launcher: Launcher, gpu: Gpu, timer: Timer, m: int, n: int, k: int) -> Iterator[Timed]:
-    group_size = 128
-    integers = torch.randint(0, 16, (k, n), dtype=torch.uint8)
-    scales = torch.rand(-(-k // group_size), n).half() * 0.01
-    packed = w4a16.pack(integers, scales, None, group_size)
-    dense, x = w4a16.dequantized(packed), torch.randn(m, k).half()
-    options: dict[str, Any] = {"group_size": group_size, "shifted": False, "gpu": gpu}
-    plan = w4a16.plan(m, n, k, **options, dtype=torch.float16, bias=False)
-
-    def run() -> Tensor:
-        if isinstance(plan, Plan):
-            return w4a16.run(plan, launcher, x, packed, None)
-        return x @ w4a16.dequantize(launcher, packed)
-
-    if isinstance(plan, Plan):
-        predicted = w4a16.predicted(plan, m, n, k, **options)
-    else:
-        predicted = w4a16.predicted_by_library(m, n, k, **options)
-    moved = w4a16.weight_bytes(n, k, group_size=group_size, shifted=False) + 2 * m * (n + k)
-    best = predict.roofline(moved, 2.0 * m * n * k, gpu.half_rate, gpu)
-    yield Timed("w4a16", f"{m} × {n} × {k}", timer(run), timer(lambda: x @ dense), best, predicted)
-
-
-def _w8a8(launcher: Launcher, gpu: Gpu, timer: Timer, m: int, n: int, k: int) -> Iterator[Timed]:
-    integers = torch.randint(-127, 128, (k, n), dtype=torch.int8)
-    packed = w8a8.pack(integers, torch.rand(1, n), group_size=0, bits=8)
-    x, x_scales = torch.randint(-127, 128, (m, k), dtype=torch.int8), torch.rand(m)
-    half, dense = x.half(), integers.half()
-    options: dict[str, Any] = {"group_size": 0, "bits": 8, "gpu": gpu}
-    plan = w8a8.plan(m, n, k, **options, dtype=torch.float16, bias=False)
-    if isinstance(plan, Fallback):
+def _product(
+    launcher: Launcher, gpu: Gpu, timer: Timer, layer: Layer, m: int, table: Table
+) -> Iterator[Timed]:
+    """Beside torch's product with 16 bits."""
+    n, k, kernel = layer.n, layer.k, layer.kernel
+    plan = layer.plan(m, gpu, table)
+    if isinstance(plan, Fallback) and not plan.by_kernel:
         return
-    seconds = timer(lambda: w8a8.run(plan, launcher, x, x_scales, packed, None, torch.float16))
-    moved = w8a8.weight_bytes(n, k, group_size=0, bits=8) + m * k + 2 * m * n
-    best = predict.roofline(moved, 2.0 * m * n * k, gpu.int8_rate, gpu)
-    predicted = w8a8.predicted(plan, m, n, k, **options)
-    yield Timed("w8a8", f"{m} × {n} × {k}", seconds, timer(lambda: half @ dense), best, predicted)
+    operands, x, dense = layer.operands(m), torch.randn(m, k).half(), torch.randn(k, n).half()
+    moved = kernel.weight_bytes(n, k, **layer.options) + operands[0].nbytes + 2 * m * n
+    yield Timed(
+        layer.name,
+        f"{m} × {n} × {k}",
+        timer(functools.partial(layer.run, plan, launcher, operands)),
+        timer(lambda: x @ dense),
+        predict.roofline(moved, 2.0 * m * n * k, _RATES[layer.name](gpu), gpu),
+        kernel.predicted(plan, m, n, k, **layer.options, gpu=gpu),
+        "predicted" if table.fastest(layer.case(m), gpu) is None else "measured",
+    )
 
 
 def _rows(launcher: Launcher, gpu: Gpu, timer: Timer, n: int, m: int) -> Iterator[Timed]:
@@ -247,15 +245,15 @@ def numbers(launcher: Launcher, gpu: Gpu, sizes: Sizes, device: str) -> list[str
 def times(found: Iterator[Timed]) -> list[str]:
     """A table of timings."""
     lines = [
-        "| kernel | case | µs | torch, µs | × | roofline, µs | of roofline | predicted, µs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | case | µs | torch, µs | × | roofline, µs | of roofline | predicted, µs | plan |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         predicted = "" if one.predicted is None else f"{one.predicted * 1e6:,.1f}"
         lines.append(
             f"| `{one.kernel}` | {one.case} | {one.seconds * 1e6:,.1f} | {one.other * 1e6:,.1f} "
             f"| {one.other / one.seconds:.2f} | {one.roofline * 1e6:,.1f} | {one.roofline / one.seconds:.0%} "
-            f"| {predicted} |"
+            f"| {predicted} | {one.plan} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -288,11 +286,28 @@ def check_ops() -> None:
             raise TargetError(f"cuda: planish::w4a16 gives other numbers in {name}")
 
 
-def report() -> str:
-    """The whole table.
+def tune(launcher: Launcher, gpu: Gpu, timer: Timer, shapes: Shapes, device: str) -> None:
+    """Measure plans of layers, and write them into the GPU's table.
 
     Raises:
-        TargetError: no GPU, or a wrong number.
+        TargetError: the table cannot be written.
+    """
+    found = {}
+    for case, configuration in fastest(launcher, gpu, timer, shapes.weights, device):
+        print(f"{case}: {configuration}", flush=True)
+        found[case] = configuration
+    print(f"written to {add(gpu.name, found)}")
+
+
+def report(shapes: Shapes, *, tuning: bool) -> str:
+    """The whole table.
+
+    Args:
+        shapes: of what is timed.
+        tuning: whether plans are measured before.
+
+    Raises:
+        TargetError: no GPU, a wrong number, or a tuning table that cannot be written.
     """
     if not torch.cuda.is_available():
         raise TargetError(
@@ -302,13 +317,17 @@ def report() -> str:
     launcher = GpuLauncher()
     checked = numbers(launcher, launcher.gpu, LARGE, "cuda")
     check_ops()
-    timed = times(timings(launcher, launcher.gpu, by_events, Shapes(), "cuda"))
+    if tuning:
+        tune(launcher, launcher.gpu, by_events, shapes, "cuda")
+    table = tuned(launcher.gpu.name)
+    timed = times(timings(launcher, launcher.gpu, by_events, shapes, table, "cuda"))
     lines = [
         f"# CUDA kernels on {launcher.gpu.name}",
         "",
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, capability {launcher.gpu.capability}, "
         f"{launcher.gpu.processors} processors. Median of {_REPEATS} calls, each with the cache flushed "
-        "before it. `planish::w4a16` was checked in a CUDA graph and by torch.compile.",
+        "before it. Plans were chosen by times that `--tune` measured, or by predicted ones. "
+        "`planish::w4a16` was checked in a CUDA graph and by torch.compile.",
         "",
         "## Times",
         "",
@@ -322,6 +341,15 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def _weights(text: str) -> tuple[tuple[int, int], ...]:
+    """Columns and rows of weights, of which 8192x8192,28672x4096 are two."""
+    one = r"[1-9]\d*x[1-9]\d*"
+    if not re.fullmatch(f"{one}(,{one})*", text):
+        raise argparse.ArgumentTypeError(f"expected columns x rows, as 8192x8192,28672x4096, found {text!r}")
+    shapes = (part.split("x") for part in text.split(","))
+    return tuple((int(columns), int(rows)) for columns, rows in shapes)
+
+
 def main() -> None:
     """Check, time and write."""
     parser = argparse.ArgumentParser(
@@ -330,9 +358,16 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("cuda_validation.md"), help="where the table goes")
+    parser.add_argument("--tune", action="store_true", help="measure plans, and use the fastest from now on")
+    parser.add_argument(
+        "--shapes",
+        type=_weights,
+        default=Shapes.weights,
+        help="columns and rows of weights, as 8192x8192,28672x4096",
+    )
     arguments = parser.parse_args()
     try:
-        text = report()
+        text = report(Shapes(weights=arguments.shapes), tuning=arguments.tune)
     except PlanishError as error:
         sys.exit(str(error))
     temporary = arguments.out.with_suffix(".partial")

@@ -1,20 +1,20 @@
-"""Every kind of kernel that plans choose, for common shapes: what is checked and listed ahead of time."""
+"""Every kernel that plans choose from, for common shapes: what is checked and listed ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from . import decode_attention, rows, sparse_w4a16, w4a16, w8a8
 from .hardware import Gpu
 from .kernel import Argument, Launch
-from .products import Plan
+from .products import Configuration, Fallback, Plan
 from .rows import Quantization
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 _WIDTH, _DEPTH = 4096, 4096
-_ROWS = (1, 16, 32, 100, 512)
 _FACTOR = 28
 _HEADS, _TOKENS = 8, 8192
 
@@ -33,54 +33,39 @@ class Recorder:
 
 def variants(gpu: Gpu) -> list[Launch]:
     """One launch for each."""
-    found = [*_products(gpu), *_sparse_products(gpu), *_attention(gpu), *_rows()]
+    found = [*_products(gpu), *_attention(gpu), *_rows()]
     return list({launch.kernel: launch for launch in found}.values())
 
 
 def _products(gpu: Gpu) -> Iterator[Launch]:
-    for m in _ROWS:
-        for dtype in (torch.float16, torch.bfloat16):
-            for group_size, shifted in ((0, False), (32, True), (128, False), (128, True)):
-                plan = w4a16.plan(
-                    m,
-                    _WIDTH,
-                    _DEPTH,
-                    group_size=group_size,
-                    dtype=dtype,
-                    shifted=shifted,
-                    bias=shifted,
-                    gpu=gpu,
-                )
-                assert isinstance(plan, Plan)
-                yield plan.product
-                if plan.addition is not None:
-                    yield plan.addition
-        for bits, group_size in ((8, 0), (4, 0), (4, 64)):
-            product = w8a8.plan(
-                m,
-                _WIDTH,
-                _DEPTH,
-                group_size=group_size,
-                bits=bits,
-                dtype=torch.float16,
-                bias=True,
-                gpu=gpu,
-            )
-            assert isinstance(product, Plan)
-            yield product.product
-            if product.addition is not None:
-                yield product.addition
+    # One row has every configuration that more have.
+    sizes, recorder = (1, _WIDTH, _DEPTH), Recorder()
+    for dtype in (torch.float16, torch.bfloat16):
+        for group_size, shifted in ((0, False), (32, True), (128, False), (128, True)):
+            options: dict[str, Any] = {"group_size": group_size, "dtype": dtype, "gpu": gpu}
+            yield from _launches(w4a16.candidates(*sizes, **options, shifted=shifted, bias=shifted))
+            w4a16.dequantize(recorder, _packed(group_size, dtype, shifted=shifted))
+        for group_size, bias in ((0, False), (32, True), (128, False)):
+            options = {"group_size": group_size, "dtype": dtype, "gpu": gpu}
+            yield from _launches(sparse_w4a16.candidates(*sizes, **options, bias=bias))
+    for bits, group_size in ((8, 0), (4, 0), (4, 64)):
+        options = {"group_size": group_size, "dtype": torch.float16, "gpu": gpu}
+        yield from _launches(w8a8.candidates(*sizes, **options, bits=bits, bias=True))
+    yield from recorder.launches
 
 
-def _sparse_products(gpu: Gpu) -> Iterator[Launch]:
-    for m in _ROWS:
-        for dtype in (torch.float16, torch.bfloat16):
-            for group_size, bias in ((0, False), (32, True), (128, False)):
-                plan = sparse_w4a16.plan(
-                    m, _WIDTH, _DEPTH, group_size=group_size, dtype=dtype, bias=bias, gpu=gpu
-                )
-                assert isinstance(plan, Plan)
-                yield plan.product
+def _launches(candidates: Mapping[Configuration, Plan | Fallback]) -> Iterator[Launch]:
+    for plan in candidates.values():
+        if isinstance(plan, Plan):
+            yield plan.product
+            if plan.addition is not None:
+                yield plan.addition
+
+
+def _packed(group_size: int, dtype: torch.dtype, *, shifted: bool) -> w4a16.PackedWeight:
+    scales = torch.ones(1, w4a16.BLOCK_COLUMNS, dtype=dtype)
+    integers = torch.zeros(group_size or 1, w4a16.BLOCK_COLUMNS, dtype=torch.uint8)
+    return w4a16.pack(integers, scales, scales if shifted else None, group_size)
 
 
 def _attention(gpu: Gpu) -> Iterator[Launch]:

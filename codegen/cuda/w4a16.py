@@ -20,7 +20,8 @@ import torch
 from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
-from .products import Fallback, Plan, addition, run_product
+from .products import LIBRARY, Configuration, Fallback, Plan, addition, run_product, ways_to_split
+from .tuning import NOTHING, Case, Table
 
 Tensor = torch.Tensor
 
@@ -35,10 +36,10 @@ _WARPS_N, _WARPS_K, _STAGES = 4, 2, 4
 _THREADS = 32 * _WARPS_N * _WARPS_K
 _FEWEST_TILES = 8
 """Tiles along K that a block has at least when a product is split."""
-_TILES_M, _SPLITS = (16, 32, 64), (1, 2, 4, 8, 16)
-"""What plans choose from: rows of a block, and parts of the depth; of equal ones the first."""
+_TILES_M = (16, 32, 64)
+"""Rows of a block."""
 _FEWEST_ROWS_OF_LIBRARY = 128
-"""Below, products wait for memory, of which 16-bit weights take four times as much."""
+"""Below, it is not predicted: products wait for memory, of which 16-bit weights take four times as much."""
 _WIDENING = 2.0
 """Instructions that a lane has for each weight: to widen pairs, and to scale and shift them."""
 _AT_ONCE = 8
@@ -177,9 +178,18 @@ def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Te
 
 
 def plan(
-    m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, shifted: bool, bias: bool, gpu: Gpu
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    shifted: bool,
+    bias: bool,
+    gpu: Gpu,
+    table: Table = NOTHING,
 ) -> Plan | Fallback:
-    """Choose tiles and splits for one shape: those that are predicted to be fastest.
+    """Choose how to run one shape: as was measured to be fastest, or is predicted to be.
 
     Args:
         m, n, k: sizes of the product, not padded; any.
@@ -188,32 +198,41 @@ def plan(
         shifted: whether there are zero points.
         bias: whether there is one.
         gpu: where it runs.
+        table: what was measured.
     """
     reason = _reason_not_to(m, group_size, dtype, gpu)
     if reason:
         return Fallback(reason)
-    found = [
-        _tiled(m, n, k, tile_m, splits, group_size, dtype, shifted, bias)
+    found = candidates(m, n, k, group_size=group_size, dtype=dtype, shifted=shifted, bias=bias, gpu=gpu)
+    case = Case("w4a16", m, n, k, str(dtype), group_size, shifted=shifted)
+    measured = table.choice(found, case, gpu)
+    if measured is not None:
+        return measured
+    if m < _FEWEST_ROWS_OF_LIBRARY:
+        del found[LIBRARY]
+    return min(
+        found.values(),
+        key=lambda plan: predicted(plan, m, n, k, group_size=group_size, shifted=shifted, gpu=gpu),
+    )
+
+
+def candidates(
+    m: int, n: int, k: int, *, group_size: int, dtype: torch.dtype, shifted: bool, bias: bool, gpu: Gpu
+) -> dict[Configuration, Plan | Fallback]:
+    """All that `plan` chooses from, of equal ones the first."""
+    columns, tiles = -(-n // BLOCK_COLUMNS), -(-k // TILE_K)
+    found: dict[Configuration, Plan | Fallback] = {
+        (tile_m, splits): _tiled(m, n, tile_m, splits, group_size, dtype, shifted, bias)
         for tile_m in _TILES_M
-        for splits in _SPLITS
-        if splits == 1 or -(-k // TILE_K) // splits >= _FEWEST_TILES
-    ]
-
-    def ours(plan: Plan) -> float:
-        return predicted(plan, m, n, k, group_size=group_size, shifted=shifted, gpu=gpu)
-
-    best = min(found, key=ours)
-    by_library = predicted_by_library(m, n, k, group_size=group_size, shifted=shifted, gpu=gpu)
-    if m >= _FEWEST_ROWS_OF_LIBRARY and by_library < ours(best):
-        times = f"{by_library * 1e6:.0f} µs, and the kernel {ours(best) * 1e6:.0f}"
-        return Fallback(f"dequantising first is predicted to take {times}", by_kernel=True)
-    return best
+        if shared_bytes(tile_m, group_size, shifted) <= gpu.shared_bytes
+        for splits in ways_to_split(columns * -(-m // tile_m), tiles, _FEWEST_TILES, gpu)
+    }
+    return {**found, LIBRARY: Fallback("dequantising first is faster", by_kernel=True)}
 
 
 def _tiled(
     m: int,
     n: int,
-    k: int,
     tile_m: int,
     splits: int,
     group_size: int,
@@ -247,11 +266,16 @@ def weight_bytes(n: int, k: int, *, group_size: int, shifted: bool) -> int:
     return rows * columns // 2 + groups * columns * 2 * (2 if shifted else 1)
 
 
-def predicted(plan: Plan, m: int, n: int, k: int, *, group_size: int, shifted: bool, gpu: Gpu) -> float:
+def predicted(
+    plan: Plan | Fallback, m: int, n: int, k: int, *, group_size: int, shifted: bool, gpu: Gpu
+) -> float:
     """Seconds of a plan, see `planish.codegen.cuda.predict`."""
+    weight = weight_bytes(n, k, group_size=group_size, shifted=shifted)
+    if isinstance(plan, Fallback):
+        product = predict.by_library(m, n, k, 2, gpu.half_rate, gpu)
+        return predict.launched(predict.copied(weight + 2.0 * n * k, gpu), product)
     columns, rows, splits = plan.product.grid
     tile_m = int(dict(plan.product.kernel.constants)["TILE_M"])
-    weight = weight_bytes(n, k, group_size=group_size, shifted=shifted)
     parts = 4.0 * m * n * splits if splits > 1 else 0.0
     weights_of_a_row = float(columns * BLOCK_COLUMNS * _up(k, TILE_K))
     work = predict.Work(
@@ -270,12 +294,6 @@ def predicted(plan: Plan, m: int, n: int, k: int, *, group_size: int, shifted: b
     return predict.launched(product, predict.copied(parts + 2.0 * m * n, gpu))
 
 
-def predicted_by_library(m: int, n: int, k: int, *, group_size: int, shifted: bool, gpu: Gpu) -> float:
-    """Seconds of dequantising first, and a product of 16-bit floats by cuBLAS."""
-    moved = weight_bytes(n, k, group_size=group_size, shifted=shifted) + 2.0 * n * k
-    return predict.launched(predict.copied(moved, gpu), predict.by_library(m, n, k, 2, gpu.half_rate, gpu))
-
-
 def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {dtype}: the kernel takes float16 and bfloat16"
@@ -286,7 +304,7 @@ def _reason_not_to(m: int, group_size: int, dtype: torch.dtype, gpu: Gpu) -> str
         return f"groups of {group_size} rows: the kernel has {sizes}, or one for all"
     if not m:
         return "no rows"
-    needed = shared_bytes(64, group_size, True)
+    needed = shared_bytes(_TILES_M[0], group_size, True)
     if needed > gpu.shared_bytes:
         return f"{needed} bytes of shared memory, and the GPU has {gpu.shared_bytes}"
     return ""
@@ -300,8 +318,13 @@ def shared_bytes(tile_m: int, group_size: int, shifted: bool) -> int:
     return max(_STAGES * stage, _WARPS_N * tile_m // 16 * 32 * 32 * 4)
 
 
-def run(plan: Plan, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """The product [M, N] of x [M, K], contiguous, by the kernels of a plan."""
+def run(
+    plan: Plan | Fallback, launcher: Launcher, x: Tensor, packed: PackedWeight, bias: Tensor | None
+) -> Tensor:
+    """The product [M, N] of x [M, K], contiguous, by the kernels of a plan or by the library."""
+    if isinstance(plan, Fallback):
+        weight = dequantize(launcher, packed) if plan.by_kernel else dequantized(packed)
+        return torch.nn.functional.linear(x, weight.T, bias)
     m, n, k = len(x), _up(packed.columns, _AT_ONCE), _up(packed.rows, _AT_ONCE)
     x = padded(x, k)
     bias = None if bias is None else padded(bias, n)

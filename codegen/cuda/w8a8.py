@@ -20,7 +20,8 @@ import torch
 from . import predict
 from .hardware import Gpu
 from .kernel import ELEMENTS, Argument, Kernel, Launch, Launcher, padded
-from .products import Fallback, Plan, addition, run_product
+from .products import Configuration, Fallback, Plan, addition, run_product, ways_to_split
+from .tuning import NOTHING, Case, Table
 
 Tensor = torch.Tensor
 
@@ -29,8 +30,10 @@ _WARPS_N = 4
 _STAGES = (3, 2)
 """As many as the GPU has shared memory for."""
 BLOCK_COLUMNS = SLAB_COLUMNS * _WARPS_N
-_TILES_M, _SPLITS, _FEWEST_TILES = (16, 32, 64, 128), (1, 2, 4, 8, 16), 4
-"""What plans choose from, of equal ones the first: rows of a block, parts of the depth; tiles of a part."""
+_TILES_M = (16, 32, 64, 128)
+"""Rows of a block."""
+_FEWEST_TILES = 4
+"""Tiles along K that a block has at least when a product is split."""
 _UNPACKING, _ADDING = 0.4, 2.0
 """Instructions that a lane has for each weight of 4 bits, and to add the sum of a group to the others."""
 _SHIFTED_BY_FOUR = 16.0
@@ -147,9 +150,18 @@ def reference(
 
 
 def plan(
-    m: int, n: int, k: int, *, group_size: int, bits: int, dtype: torch.dtype, bias: bool, gpu: Gpu
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+    bias: bool,
+    gpu: Gpu,
+    table: Table = NOTHING,
 ) -> Plan | Fallback:
-    """Choose tiles and splits for one shape: those that are predicted to be fastest.
+    """Choose how to run one shape: as was measured to be fastest, or is predicted to be.
 
     Args:
         m, n, k: sizes of the product, not padded.
@@ -158,18 +170,29 @@ def plan(
         dtype: of the result.
         bias: whether there is one.
         gpu: where it runs.
+        table: what was measured.
     """
     reason = _reason_not_to(m, k, group_size, bits, dtype, gpu)
     if reason:
         return Fallback(reason)
-    found = [
-        _tiled(m, n, tile_m, splits, stages, group_size, bits, dtype, bias)
+    found = candidates(m, n, k, group_size=group_size, bits=bits, dtype=dtype, bias=bias, gpu=gpu)
+    case = Case("w8a8", m, n, k, str(dtype), group_size, bits)
+    return table.choice(found, case, gpu) or min(
+        found.values(), key=lambda plan: predicted(plan, m, n, k, group_size=group_size, bits=bits, gpu=gpu)
+    )
+
+
+def candidates(
+    m: int, n: int, k: int, *, group_size: int, bits: int, dtype: torch.dtype, bias: bool, gpu: Gpu
+) -> dict[Configuration, Plan]:
+    """All that `plan` chooses from, of equal ones the first."""
+    columns, tiles = -(-n // BLOCK_COLUMNS), -(-k // TILE_K)
+    return {
+        (tile_m, splits): _tiled(m, n, tile_m, splits, stages, group_size, bits, dtype, bias)
         for tile_m in _TILES_M
         if (stages := _stages(tile_m, group_size, bits, gpu))
-        for splits in _SPLITS
-        if splits == 1 or -(-k // TILE_K) // splits >= _FEWEST_TILES
-    ]
-    return min(found, key=lambda plan: predicted(plan, m, n, k, group_size=group_size, bits=bits, gpu=gpu))
+        for splits in ways_to_split(columns * -(-m // tile_m), tiles, _FEWEST_TILES, gpu)
+    }
 
 
 def _stages(tile_m: int, group_size: int, bits: int, gpu: Gpu) -> int:
@@ -270,7 +293,7 @@ def shared_bytes(tile_m: int, bits: int, stages: int) -> int:
 
 
 def run(
-    plan: Plan,
+    plan: Plan | Fallback,
     launcher: Launcher,
     x: Tensor,
     x_scales: Tensor,
@@ -278,7 +301,12 @@ def run(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The product [M, N] of x [M, K] int8, contiguous, with scales [M] float32."""
+    """The product [M, N] of x [M, K] int8, contiguous, with scales [M] float32, by the kernels of a plan.
+
+    That of a fallback is `reference`'s.
+    """
+    if isinstance(plan, Fallback):
+        return reference(x, x_scales, packed, bias, dtype)
     m, n, k = len(x), _up(packed.columns, 2), _up(packed.rows, 16)
     bias = None if bias is None else padded(bias, n)
     y = torch.empty(m, n, dtype=dtype, device=x.device)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from planish.codegen.torch_fx import lower, run
+from planish.ir.ops import OpDefinition
 
 Array = np.ndarray[Any, Any]
 Operand = Array | list[Array] | None
@@ -48,6 +49,7 @@ class Case:
         reference: run by `onnx.reference`, because onnxruntime has no kernel for it.
         widened: outputs are cast to float32, because numpy does not have their type.
         opset: the op is newer than the opset of the IR.
+        definition: of an op of planish, whose function is in the model.
     """
 
     inputs: Sequence[Operand]
@@ -60,6 +62,7 @@ class Case:
     reference: bool = False
     widened: bool = False
     opset: int = 23
+    definition: OpDefinition | None = None
 
     def __post_init__(self) -> None:
         # Arithmetic on arrays without axes gives numpy's scalars.
@@ -169,7 +172,11 @@ def model_of(op_type: str, case: Case, draw: Draw, domain: str = "") -> onnx.Mod
     outputs = [f"y{place}" for place in range(case.outputs)]
     results = [f"wide.{name}" for name in outputs] if case.widened else outputs
     attributes = {name: value for name, value in case.attributes.items() if value is not None}
-    nodes = [onnx.helper.make_node(op_type, names, outputs, name="node", domain=domain, **attributes)]
+    node = onnx.helper.make_node(op_type, names, outputs, name="node", domain=domain, **attributes)
+    nodes, functions = [node], []
+    if case.definition is not None:
+        node.overload = case.definition.overload
+        functions.append(ir.to_proto(case.definition.function(case.opset)))
     if case.widened:
         nodes += [
             onnx.helper.make_node("Cast", [name], [result], name=result, to=onnx.TensorProto.FLOAT)
@@ -190,7 +197,7 @@ def model_of(op_type: str, case: Case, draw: Draw, domain: str = "") -> onnx.Mod
     opsets = [onnx.helper.make_opsetid("", case.opset)]
     if domain:
         opsets.append(onnx.helper.make_opsetid(domain, 1))
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=functions)
 
 
 def _declared(name: str, operand: Operand) -> onnx.ValueInfoProto:

@@ -144,7 +144,7 @@ def test_plans():
         ({"m": 0}, "no rows"),
         ({"gpu": w4a16.Gpu("T4", (7, 5), 40, 64 * 1024, 3e11, 65e12, 130e12, 1e9)}, "capability 7.5"),
         (
-            {"gpu": w4a16.Gpu("small", (8, 0), 40, 48 * 1024, 3e11, 65e12, 130e12, 1e9)},
+            {"gpu": w4a16.Gpu("small", (8, 0), 40, 32 * 1024, 3e11, 65e12, 130e12, 1e9)},
             "bytes of shared memory",
         ),
     ],
