@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .codegen import get_target
     from .compiler import compile  # noqa: A004 — the name users know
     from .ir import load, save
+    from .ir.checkpoint import load_checkpoint
     from .ir.errors import (
         ContractError,
         InputError,
@@ -49,6 +50,7 @@ __all__ = [
     "compile",
     "get_target",
     "load",
+    "load_checkpoint",
     "save",
     "trace",
     "trace_causal_lm",
@@ -61,6 +63,7 @@ _PLACES = {
     "compile": ".compiler",
     "get_target": ".codegen",
     "load": ".ir",
+    "load_checkpoint": ".ir.checkpoint",
     "save": ".ir",
     "trace": ".ir.trace",
     "trace_causal_lm": ".ir.trace",

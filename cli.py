@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shlex
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,16 +19,27 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import cli_generate, cli_pruning
-from .ir.errors import InputError, ModelError, PipelineError, PlanishError
+from . import cli_cache, cli_explain, cli_generate, cli_pruning
+from .cli_options import (
+    CalibrationOption,
+    InputsOption,
+    ModelArgument,
+    PassesOption,
+    SeedOption,
+    SizesOption,
+    TargetOption,
+    TrainingOption,
+    format_shapes,
+    read_batches,
+    read_feeds,
+    read_pipeline,
+)
+from .ir.errors import InputError, ModelError, PlanishError
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx_ir as ir
 
-    from .passes.infrastructure.bisect import BisectResult
     from .passes.infrastructure.instruments import Instrument
-    from .passes.infrastructure.pipeline import Pipeline
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -62,33 +70,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelArgument = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
-PassesOption = Annotated[
-    str,
-    typer.Option(
-        "--passes",
-        "-p",
-        help='Pipeline text, such as "canonicalize,fuse,quantize{scheme=W8A8}", or a recipe.yaml.',
-    ),
-]
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="onnxruntime-cpu or portable.")]
-InputsOption = Annotated[
-    Path | None,
-    typer.Option("--inputs", "-i", help="An .npz with one array per graph input; made up if absent."),
-]
-SizesOption = Annotated[
-    list[str] | None,
-    typer.Option("--size", help="Length of a symbolic dimension of made-up inputs: batch_size=1."),
-]
-CalibrationOption = Annotated[
-    list[Path] | None, typer.Option("--calibration", help="An .npz with one batch; may be repeated.")
-]
-TrainingOption = Annotated[
-    list[Path] | None,
-    typer.Option("--training", help="An .npz with a batch to train on, and `labels`; may be repeated."),
-]
-SeedOption = Annotated[int, typer.Option(help="Seeds every pass that draws random numbers.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -134,12 +115,19 @@ def compile_command(
     calibration: CalibrationOption = None,
     training: TrainingOption = None,
     seed: SeedOption = 0,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder where long passes keep what an interrupted run goes on from.")
-    ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep results of long passes: the same command goes on where it was when it is killed.",
+        ),
+    ] = True,
     dump: Annotated[Path | None, typer.Option(help="Folder for the model after every pass.")] = None,
     print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what every pass changed.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print how often every rewrite hit.")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time the model before and after every pass.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     reproducer: Annotated[
         Path | None, typer.Option(help="If a pass fails: folder for the model before it and a command.")
@@ -169,14 +157,15 @@ def compile_command(
     planish compile model.onnx -o out.onnx --check contract --inputs inputs.npz --reproducer crash/
     ```
 
-    `planish passes` lists the passes and their options.
+    `planish passes` lists the passes and their options, and `planish report` explains what was written.
     """
     from .cli_tables import file_bytes
     from .compiler import compile as compile_model
+    from .ir.files import write_text
     from .ir.printer import format_bytes
-    from .passes.infrastructure.instruments import ProgressBars, RewriteStatistics
+    from .passes.infrastructure.instruments import LatencyAfterEachPass, ProgressBars, RewriteStatistics
 
-    pipeline = _pipeline(passes)
+    pipeline = read_pipeline(passes)
     if not output.parent.is_dir():  # before hours of work, not after
         raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
     if fast_prefill and output.suffix == ".onnx":
@@ -184,23 +173,25 @@ def compile_command(
             f"--fast-prefill: kernels for prompts go into a folder, found --output {output}",
             hint=f"give --output {output.with_suffix('')}",
         )
-    example_inputs = _inputs(model, inputs, size) if inputs or check == "contract" else None
+    runs_model = inputs is not None or latency or check == "contract"
+    example_inputs = read_feeds(model, inputs, size) if runs_model else None
     statistics = RewriteStatistics() if stats else None
     with ProgressBars(err) as progress:
         compiled = compile_model(
             model,
             pipeline,
             example_inputs=example_inputs,
-            calibration=_calibration(calibration),
-            training=_calibration(training),
+            calibration=read_batches(calibration),
+            training=read_batches(training),
             target=target,
             check=check,
             seed=seed,
-            state=state,
+            cache=cache,
             instruments=[
                 progress,
                 *_instruments(dump, print_diff, reproducer, bisect_limit, check, example_inputs),
                 *([statistics] if statistics else []),
+                *([LatencyAfterEachPass((example_inputs,))] if latency and example_inputs else []),
             ],
         )
         written = compiled.save(output, external_data=external_data or None, fast_prefill=fast_prefill)
@@ -213,7 +204,7 @@ def compile_command(
         out.print(statistics)
     if report:
         text = json.dumps(compiled.report.as_dict(), indent=2, ensure_ascii=False)
-        report.write_text(text + "\n", encoding="utf-8")
+        write_text(report, text + "\n")
     before = file_bytes(model)
     for path in (*others, written):
         after = file_bytes(path)
@@ -226,7 +217,7 @@ def compile_command(
 @app.command(no_args_is_help=True)
 def inspect(
     model: ModelArgument,
-    all_layers: Annotated[bool, typer.Option("--all", help="List every linear, not the first 20.")] = False,
+    all_layers: Annotated[bool, typer.Option("--all", help="List every layer, not the first 20.")] = False,
 ) -> None:
     """Show what is in an ONNX file: inputs, outputs, weights, linears, ops, and how planish made it.
 
@@ -235,14 +226,22 @@ def inspect(
     planish inspect small.onnx --all
     ```
     """
-    from .cli_tables import facts_table, history_table, interface_table, linears_table, ops_table
+    from .cli_tables import (
+        facts_table,
+        history_table,
+        interface_table,
+        layers_table,
+        linears_table,
+        ops_table,
+    )
     from .ir import load
     from .ir.load import REMARKS_KEY
 
     graph = load(model, check_weights=False)
     out.print(facts_table(graph, model))
     out.print(interface_table(graph))
-    out.print(linears_table(graph, limit=None if all_layers else 20))
+    limit = None if all_layers else 20
+    out.print(layers_table(graph.metadata_props, limit=limit) or linears_table(graph, limit=limit))
     out.print(ops_table(graph))
     for remark in graph.meta.get(REMARKS_KEY, ()):
         out.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
@@ -253,6 +252,10 @@ def inspect(
 app.command(no_args_is_help=True)(cli_generate.generate)
 app.command(no_args_is_help=True)(cli_pruning.structure)
 app.command(no_args_is_help=True)(cli_pruning.latency)
+app.command(no_args_is_help=True)(cli_explain.report)
+app.command(no_args_is_help=True)(cli_explain.diff)
+app.command(no_args_is_help=True)(cli_explain.bisect)
+app.add_typer(cli_cache.app, name="cache")
 
 
 @app.command()
@@ -307,14 +310,14 @@ def benchmark(
     from .runtime.measure import interleaved_latency
     from .runtime.model_file import ModelFile
 
-    feeds = _inputs(models[0], inputs, size)
+    feeds = read_feeds(models[0], inputs, size)
     files = [ModelFile(path, threads=threads) for path in models]
     runs: dict[str, Callable[[], object]] = {}
     for index, file in enumerate(files):
         file.run(feeds)  # a file that does not take these inputs is an error before anything is timed
         runs[f"{index} {file.path}"] = lambda file=file: file.run(feeds)  # type: ignore[misc]
     latencies = interleaved_latency(runs, repeats=repeats)
-    table = Table("model", box=box.SIMPLE, title=_shapes(feeds), title_justify="left")
+    table = Table("model", box=box.SIMPLE, title=format_shapes(feeds), title_justify="left")
     for heading in ("median ms", "fastest ms", "ratio", "file"):
         table.add_column(heading, justify="right")
     first = next(iter(latencies.values()))
@@ -358,9 +361,9 @@ def compare(
     from .runtime.measure import compare_outputs
     from .runtime.model_file import ModelFile
 
-    feeds = _inputs(reference, inputs, size)
+    feeds = read_feeds(reference, inputs, size)
     differences = compare_outputs(ModelFile(model).run(feeds), ModelFile(reference).run(feeds))
-    out.print(differences_table(differences, _shapes(feeds)))
+    out.print(differences_table(differences, format_shapes(feeds)))
     if locate:
         found = first_difference(
             load(reference), load(model), feeds, tolerance=1e-4 if tolerance is None else tolerance
@@ -371,109 +374,6 @@ def compare(
         found_error = differences[worst].max_relative
         err.print(f"[red]output {worst!r}: relative error {found_error:.2g} is above {tolerance:g}[/]")
         raise typer.Exit(1)
-
-
-@app.command(no_args_is_help=True)
-def diff(
-    before: Annotated[Path, typer.Argument(help="The first ONNX file.", show_default=False)],
-    after: Annotated[Path, typer.Argument(help="The second ONNX file.", show_default=False)],
-) -> None:
-    """Show what differs between the graphs of two ONNX files: nodes, weights, inputs and outputs.
-
-    ```
-    planish compile model.onnx -o out.onnx --dump steps/
-    planish diff steps/001_canonicalize.onnx steps/002_fuse.onnx
-    ```
-    """
-    from .ir import diff_models, load
-
-    found = diff_models(load(before, check_weights=False), load(after, check_weights=False))
-    out.print(str(found) if found else "no difference", markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command(no_args_is_help=True)
-def bisect(
-    model: ModelArgument,
-    passes: PassesOption = "canonicalize,fuse",
-    target: TargetOption = "onnxruntime-cpu",
-    inputs: InputsOption = None,
-    size: SizesOption = None,
-    calibration: CalibrationOption = None,
-    seed: SeedOption = 0,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error of any output against the input model.")
-    ] = None,
-    check_command: Annotated[
-        str | None,
-        typer.Option("--check-command", help="Run with the path of a model; exit code 0 says it is good."),
-    ] = None,
-) -> None:
-    """Find the pass, and the rewrite in it, that breaks a model, by binary search.
-
-    Broken means, without further options, that a pass breaks its own contract:
-
-    ```
-    planish bisect model.onnx -p "canonicalize,fuse,quantize{scheme=W8A8}" --inputs inputs.npz
-    ```
-
-    or that an output moves too far from the input model's, or that a program of yours says so:
-
-    ```
-    planish bisect model.onnx -p recipe.yaml --tolerance 0.05
-    planish bisect model.onnx -p recipe.yaml --check-command "python is_good.py"
-    ```
-    """
-    from .codegen import get_target
-    from .ir import load
-    from .passes.infrastructure.bisect import bisect as find_culprit
-
-    pipeline = _pipeline(passes)
-    result = find_culprit(
-        load(model),
-        pipeline,
-        target=get_target(target),
-        examples=() if check_command else (_inputs(model, inputs, size),),
-        calibration=_calibration(calibration) or (),
-        seed=seed,
-        check=_command_check(check_command) if check_command else None,
-        tolerance=tolerance,
-        write=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-    )
-    _print_culprit(result, len(pipeline))
-
-
-def _pipeline(text: str) -> Pipeline:
-    from .passes.infrastructure.pipeline import Pipeline
-
-    return Pipeline.of(Path(text) if text.endswith((".yaml", ".yml")) else text)
-
-
-def _inputs(model: Path, path: Path | None, sizes: Sequence[str] | None) -> Feeds:
-    """Inputs from a file, or made up from the model's declarations."""
-    from .ir import load
-    from .runtime.example_inputs import example_inputs
-    from .runtime.model_file import read_inputs
-
-    if path is not None:
-        if sizes:
-            raise InputError(
-                "--size is for made-up inputs, and --inputs gives real ones", hint="leave one out"
-            )
-        return read_inputs(path)
-    return example_inputs(load(model, check_weights=False), sizes=dict(map(_size, sizes or ())))
-
-
-def _size(text: str) -> tuple[str, int]:
-    name, equals, length = text.rpartition("=")
-    if not (equals and name and length.isdigit()):
-        raise InputError(f"--size {text}: expected name=length", hint="for example --size batch_size=1")
-    return name, int(length)
-
-
-def _calibration(paths: Sequence[Path] | None) -> list[Feeds] | None:
-    from .runtime.model_file import read_inputs
-
-    return [read_inputs(path) for path in paths] if paths else None
 
 
 def _instruments(
@@ -495,44 +395,6 @@ def _instruments(
         yield DumpAfterEachPass(dump)
     if print_diff:
         yield PrintDiff(lambda text: out.print(text, markup=False, highlight=False, soft_wrap=True))
-
-
-def _command_check(command: str) -> Callable[[ir.Model], bool]:
-    """A check that saves the model and runs a program on it, as ``git bisect run`` does."""
-    from .ir import save
-
-    words = shlex.split(command)
-    if not words:
-        raise PipelineError(
-            "--check-command is empty", hint='for example --check-command "python is_good.py"'
-        )
-
-    def check(model: ir.Model) -> bool:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            save(model, path)
-            return subprocess.run([*words, str(path)], check=False).returncode == 0
-
-    return check
-
-
-def _print_culprit(result: BisectResult, total: int) -> None:
-    def say(text: str) -> None:
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    if result.culprit is None:
-        say(f"no pass breaks the model ({result.runs} runs)")
-        return
-    from .passes.infrastructure.options import format_pass
-
-    say(f"culprit: {format_pass(result.culprit)}, pass {result.position + 1} of {total} ({result.runs} runs)")
-    if result.rewrite is not None:
-        say(f"rewrite: {result.rewrite.rule} at node {result.rewrite.node}")
-    say(f"reason:  {result.reason}")
-
-
-def _shapes(feeds: Feeds) -> str:
-    return escape(", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items()))
 
 
 def _show_one_line(kind: type[BaseException], error: BaseException, traceback: object) -> None:

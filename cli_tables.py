@@ -16,10 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .ir.errors import ModelError
 from .ir.printer import format_bytes, format_type
 from .ir.views import linears
 from .passes.infrastructure.registry import PassDescription
 from .runtime.measure import Difference
+from .runtime.provenance import KERNELS, OUTLINE, PARETO, Provenance
 
 
 def facts_table(graph: ir.Model, path: Path) -> Table:
@@ -69,29 +71,61 @@ def linears_table(graph: ir.Model, *, limit: int | None) -> Table:
     return table
 
 
+def layers_table(metadata: Mapping[str, str], *, limit: int | None) -> Table | None:
+    """The first ``limit`` layers of a file that planish compiled, with the kernels that run them."""
+    try:
+        provenance = Provenance.read(metadata)
+    except ModelError:
+        return None
+    if provenance.after is None:
+        return None
+    layers = provenance.after.layers
+    shown = layers[:limit]
+    more = f", the first {len(shown)} of them" if len(shown) < len(layers) else ""
+    table = Table(title=f"{len(layers)} layers{more}", title_justify="left", box=box.SIMPLE)
+    table.add_column("layer", overflow="fold")
+    for heading in ("weight", "bytes", "zero"):
+        table.add_column(heading, justify="right")
+    for heading in ("stored as", "kernel"):
+        table.add_column(heading)
+    for layer in shown:
+        table.add_row(
+            escape(layer.name),
+            "×".join(map(str, layer.shape)),
+            format_bytes(layer.stored_bytes),
+            "" if layer.zeros is None else f"{layer.zeros:.1%}",
+            escape(layer.form),
+            escape(provenance.kernels.get(layer.node, "")),
+        )
+    return table
+
+
 def history_table(metadata: Mapping[str, str]) -> Table | None:
     """What planish wrote into the file: its recipe, what each pass did and what that cost."""
     entries = {
-        key.removeprefix("planish."): text for key, text in metadata.items() if key.startswith("planish.")
+        key.removeprefix("planish."): text
+        for key, text in metadata.items()
+        if key.startswith("planish.") and key not in _FOR_PROGRAMS
     }
     if not entries:
         return None
     table = Table(title="made by planish", title_justify="left", show_header=False, box=box.SIMPLE)
-    report = _parse_report(entries.pop("report", "{}"))
-    for key, text in entries.items():
+    rows = _history_rows(entries.pop("report", "{}"))
+    for key, text in (*entries.items(), *rows):
         table.add_row(key, escape(text.strip()))
-    for row in report.get("passes", ()):
-        table.add_row(row["name"], escape(_history_line(row)))
     return table
 
 
-def _parse_report(text: str) -> dict[str, Any]:
-    """The report in a file; a file edited by others may hold anything, which is then left out."""
+_FOR_PROGRAMS = frozenset({OUTLINE, KERNELS, PARETO})
+"""What `layers_table` shows, and `planish report`."""
+
+
+def _history_rows(text: str) -> list[tuple[str, str]]:
+    """Each pass and what it did; a file edited by others may hold anything, which is then left out."""
     try:
-        report = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return report if isinstance(report, dict) else {}
+        return [(str(row["name"]), _history_line(row)) for row in json.loads(text).get("passes", ())]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
 
 
 def _history_line(row: Mapping[str, Any]) -> str:

@@ -14,23 +14,43 @@ import onnx_ir as ir
 import torch
 
 from .codegen import get_target
+from .codegen.machine import cache_directory
 from .codegen.target import Target
 from .ir import load
 from .ir.content_hash import content_hash
 from .ir.errors import InputError, PipelineError
+from .ir.outline import ModelOutline
 from .ir.signature import Signature, flatten_inputs
+from .ir.spill import spilling
 from .ir.trace import trace
-from .passes.infrastructure.driver import run_pipeline
-from .passes.infrastructure.instruments import ContractCheck, Instrument, VerifyAfterEachPass
+from .passes.infrastructure.driver import run_pipeline, size_of
+from .passes.infrastructure.instruments import (
+    ContractCheck,
+    Instrument,
+    OutlineBefore,
+    VerifyAfterEachPass,
+)
 from .passes.infrastructure.pipeline import Pipeline
 from .passes.infrastructure.report import PipelineReport
 from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
-from .runtime.saved import note_session_options
+from .runtime.provenance import (
+    RECIPE,
+    REPORT,
+    SEED,
+    SOURCE,
+    VERSIONS,
+    note_binding,
+    note_outlines,
+    versions,
+)
+from .runtime.work_cache import WorkCache
 
 Check = Literal["contract", "verify", "none"]
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
+_LARGE = 1 << 30
+"""Bytes of weights from which on new ones are kept in a file."""
 DEFAULT_PASSES = ("canonicalize", "fuse")
 
 
@@ -50,7 +70,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     target: str | Target = "onnxruntime-cpu",
     check: Check = "verify",
     seed: int = 0,
-    state: str | os.PathLike[str] | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     instruments: Sequence[Instrument] = (),
 ) -> CompiledModel:
     """Compile a model: trace or load it, run the passes in order, bind the result to the target.
@@ -73,8 +93,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         check: after each pass, ``"verify"`` the graph's structure, or also check each pass's ``"contract"``
             by running the model on ``example_inputs``; ``"none"`` checks nothing.
         seed: seeds every pass that draws random numbers.
-        state: folder where long passes (pruning, distillation) keep what an interrupted run goes on from, and
-            what the next run of the same kind need not measure again.
+        cache: keep the results of long passes layer by layer, so that the same call goes on where it was when
+            it is killed, and does not compute again what is the same. True for the user's cache folder
+            (``planish cache list`` shows it), or a folder.
         instruments: further instruments to run around the passes.
 
     Returns:
@@ -92,38 +113,64 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     def data(source: Any, *, labels: bool = False) -> Sequence[Feeds]:
         return () if source is None else CalibrationData.read(source, graph, signature, labels=labels)
 
-    report = run_pipeline(
-        graph,
-        pipeline,
-        target=target,
-        examples=examples,
-        calibration=data(calibration),
-        training=data(training, labels=True),
-        seed=seed,
-        state=None if state is None else Path(state),
-        instruments=(*_checks(check, examples), *instruments),
-    )
-    recipe = {"planish.recipe": pipeline.to_yaml(), "planish.seed": str(seed), "planish.source": source_hash}
-    compiled = _bind(graph, report, recipe, target, signature)
-    compiled.alternatives = {
-        label: _bind(other.model, other.report, recipe, target, signature)
-        for label, other in report.alternatives.items()
-    }
+    with spilling(_spill_folder(graph)):
+        before = OutlineBefore()
+        report = run_pipeline(
+            graph,
+            pipeline,
+            target=target,
+            examples=examples,
+            calibration=data(calibration),
+            training=data(training, labels=True),
+            seed=seed,
+            cache=_work_cache(cache),
+            instruments=(before, *_checks(check, examples), *instruments),
+        )
+        recipe = {
+            RECIPE: pipeline.to_yaml(),
+            SEED: str(seed),
+            SOURCE: source_hash,
+            VERSIONS: json.dumps(versions()),
+        }
+        compiled = _bind(graph, report, recipe, before.outline, target, signature)
+        compiled.alternatives = {
+            label: _bind(other.model, other.report, recipe, before.outline, target, signature)
+            for label, other in report.alternatives.items()
+        }
     return compiled
+
+
+def _work_cache(cache: bool | str | os.PathLike[str]) -> WorkCache | None:
+    if cache is False:
+        return None
+    found = WorkCache(None if cache is True else Path(cache))
+    found.trim()
+    return found
+
+
+def _spill_folder(graph: ir.Model) -> Path | None:
+    """Where new weights of a large model are kept; None: in memory."""
+    if size_of(graph)[1] < _LARGE:
+        return None
+    folder = cache_directory()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _bind(
     graph: ir.Model,
     report: PipelineReport,
     recipe: Mapping[str, str],
+    before: ModelOutline | None,
     target: Target,
     signature: Signature | None,
 ) -> CompiledModel:
     """Write into the graph how it came to be, and bind it."""
     # Without times, so that the same compilation writes the same bytes.
-    graph.metadata_props.update({**recipe, "planish.report": json.dumps(report.as_dict(costs=False))})
+    graph.metadata_props.update({**recipe, REPORT: json.dumps(report.as_dict(costs=False))})
+    note_outlines(graph, before)
     bound = target.bind(graph)
-    note_session_options(bound)
+    note_binding(bound)
     if signature is not None:
         signature = signature.restricted(graph.graph)
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)

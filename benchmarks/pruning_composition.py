@@ -222,7 +222,7 @@ class Work:
             calibration=self._subject.calibration,
             target=self._subject.target,
             check="contract",
-            state=self._folder / "state",
+            cache=self._folder / "state",
             instruments=instruments,
         )
 

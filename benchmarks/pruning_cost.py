@@ -231,7 +231,7 @@ def prune(size: Size, folder: Path) -> None:
             meter.wrap(name, *place, announce=False)
         with meter.measure("prune in all"):
             compiled = planish.compile(
-                folder / "encoder.onnx", size.passes, calibration=calibration, state=folder / "state"
+                folder / "encoder.onnx", size.passes, calibration=calibration, cache=folder / "state"
             )
     for remark in compiled.report.passes[-1].remarks:
         if remark.subject.endswith("x"):

@@ -124,7 +124,7 @@ class Work:
                 calibration=self._subject.calibration,
                 target=self._subject.target,
                 # One folder for all targets of a method: they share its levels, times and losses.
-                state=self._folder / "state" / _slug(method),
+                cache=self._folder / "state" / _slug(method),
             )
         except PlanishError as error:
             self._say(f"{self._subject.name}: {method} {target:g}×: {error.message}")

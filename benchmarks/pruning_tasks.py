@@ -193,7 +193,7 @@ class Pruner:
                 example_inputs=self._task.example(),
                 calibration=self._calibration,
                 training=[self._task.training],
-                state=state,
+                cache=state,
                 instruments=(bars, *instruments),
             )
 

@@ -38,7 +38,6 @@ from ..ir.views.masks import CausalMask, causal_mask
 from ..ir.views.values import input_at, integer, number, static_dim
 
 KERNEL = "GroupQueryAttention"
-_HIDDEN = float(np.finfo(np.float32).min)
 _MASK, _IDS = "attention_mask", "input_ids"
 _LENGTH_AXIS = 2
 _WINDOW_MULTIPLES = {32: 1, 8: 16, 4: 32}
@@ -101,7 +100,7 @@ class CachedAttentionBinder:
         self._model, self._forgets = model, forgets
         self._inputs = {str(value.name): value for value in model.graph.inputs}
         self._lengths: dict[ir.Value | None, _Lengths] = {}
-        self._biases: dict[ir.Value, ir.Value] = {}
+        self._biases: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def bind(self, node: ir.Node) -> None:
         """Replace one op for which `reason_not_to_bind` has none."""
@@ -154,14 +153,16 @@ class CachedAttentionBinder:
         return self._lengths[past]
 
     def _bias(self, mask: ir.Value, before: ir.Node) -> ir.Value:
-        """[batch or 1, heads or 1, sequence, total] float32, once for all layers with this mask."""
-        if mask not in self._biases:
+        """[batch or 1, heads or 1, sequence, total] of the query's type, once for layers with this mask."""
+        query = before.inputs[0]
+        dtype = (query.dtype if query is not None else None) or ir.DataType.FLOAT
+        if (mask, dtype) not in self._biases:
             build = GraphBuilder(f"planish.cache_bias.{len(self._biases)}")
-            shown = build.constant(np.zeros((), np.float32), "shown")
-            hidden = build.constant(np.array(_HIDDEN, np.float32), "hidden")
-            self._biases[mask] = build.op("Where", mask, shown, hidden)
+            shown = build.constant(np.zeros((), dtype.numpy()), "shown")
+            hidden = build.constant(np.array(dtype.min, dtype.numpy()), "hidden")
+            self._biases[mask, dtype] = build.op("Where", mask, shown, hidden)
             self._insert(build, after=mask.producer() or before)
-        return self._biases[mask]
+        return self._biases[mask, dtype]
 
     def _insert(self, build: GraphBuilder, *, after: ir.Node | None = None) -> None:
         graph = self._model.graph

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from ..ir import ops
+from ..ir import ops, release
 from ..ir.errors import TargetError
 from ..ir.ops.definition import OpDefinition
 from .microbenchmark import Feeds
@@ -184,13 +184,13 @@ def linear_op(node: ir.Node) -> LinearOp:
         raise TargetError(f"node {node.name!r}: {node.op_type} lacks its activations, weight or scale")
     zero_point, bias = ops.operand(node, "zero_point"), ops.operand(node, "bias")
     x_zero_point = ops.operand(node, "x_zero_point")
-    integers = _integers(weight)
+    in_features, out_features = (int(size) for size in constant_of(weight).shape.numpy())
     activations = _activations_of(node)
     activation_bits = node.attributes.get_int("activation_bits", 8)
     spec = LinearSpec(
         activations=activations,
-        in_features=integers.shape[0],
-        out_features=integers.shape[1],
+        in_features=in_features,
+        out_features=out_features,
         bits=node.attributes["bits"].as_int(),
         block_size=node.attributes.get_int("block_size", 0),
         signed=weight.dtype in (ir.DataType.INT4, ir.DataType.INT8),
@@ -198,7 +198,7 @@ def linear_op(node: ir.Node) -> LinearOp:
         bias=bias is not None,
         dtype=(scale.dtype or ir.DataType.FLOAT).name,
         rank=3 if x.shape is None else len(x.shape),
-        pairs_fit=activations != "float" and (activation_bits < 8 or _pairs_fit(integers)),
+        pairs_fit=activations != "float" and (activation_bits < 8 or _pairs_fit(_integers(weight))),
         activation_bits=activation_bits,
         activation_clip=node.attributes.get_float("activation_clip", 1.0),
         activations_signed=x_zero_point is not None and x_zero_point.dtype == ir.DataType.INT8,
@@ -269,7 +269,9 @@ def constant_of(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _integers(value: ir.Value) -> np.ndarray[tuple[int, int], np.dtype[np.int16]]:
-    return ops.integer_values(constant_of(value)).astype(np.int16)
+    integers = ops.integer_values(constant_of(value)).astype(np.int16)
+    release(value.const_value)
+    return integers
 
 
 def _pairs_fit(integers: np.ndarray[tuple[int, int], np.dtype[np.int16]]) -> bool:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import sys
-import tempfile
 from pathlib import Path
 
 CACHE_VARIABLE = "PLANISH_CACHE_DIR"
@@ -43,15 +42,3 @@ def cache_directory() -> Path:
             Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "planish" / "Cache"
         )
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "planish"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of the cache under another name in the same folder and move it into place.
-
-    Raises:
-        OSError: the folder is missing or cannot be written.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)

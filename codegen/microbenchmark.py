@@ -17,8 +17,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +29,7 @@ import onnxruntime
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from ..ir.files import write_whole
 from .machine import cache_directory, fingerprint
 
 Array = npt.NDArray[Any]
@@ -188,7 +187,4 @@ def _write(key: Mapping[str, object], measurements: Mapping[str, Measurement]) -
     }
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(entry, file, indent=1)
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(entry, indent=1))

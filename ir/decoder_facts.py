@@ -73,7 +73,7 @@ class DecoderFacts:
         try:
             fields = json.loads(text)
             return cls(**{**fields, "end_tokens": tuple(fields["end_tokens"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(
                 f"metadata {_KEY!r}: expected the facts of a decoder, found {text[:80]!r}",
                 hint="compile the model again from its source",

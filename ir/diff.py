@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
 from .external import release
@@ -15,6 +16,9 @@ from .printer import format_bytes, format_node, format_value
 from .walk import all_graphs, all_nodes
 
 T = TypeVar("T")
+
+_AT_ONCE = 1 << 22
+"""Elements of two weights that are compared at a time, in float64."""
 
 _MOST_LISTED = 8
 """How many entries of each kind the text shows."""
@@ -200,7 +204,25 @@ def _weight_change(
         if hashes[0] == hashes[1]:
             return None
         texts = [f"{text} {digest}" for text, digest in zip(texts, hashes, strict=True)]
+        texts[1] += _distance(before, after)
     return Change(f"weight {name}", *texts)
+
+
+def _distance(before: ir.TensorProtocol, after: ir.TensorProtocol) -> str:
+    """How far two tensors of one dtype and shape are apart, in words; nothing for strings."""
+    if before.dtype == ir.DataType.STRING:
+        return ""
+    old, new = (tensor.numpy().reshape(-1) for tensor in (before, after))
+    largest, scale, count = 0.0, 0.0, 0
+    for start in range(0, old.size, _AT_ONCE):
+        a, b = (array[start : start + _AT_ONCE].astype(np.float64) for array in (old, new))
+        distance = np.abs(a - b)
+        largest, scale = max(largest, float(distance.max())), max(scale, float(np.abs(a).max()))
+        count += int(np.count_nonzero(distance))
+    release(before)
+    release(after)
+    share = f" ({largest / scale:.2g} of the largest)" if scale else ""
+    return f", {count} of {old.size} elements by at most {largest:.3g}{share}"
 
 
 def _content_hash(tensor: ir.TensorProtocol) -> str:

@@ -6,14 +6,24 @@ expected, what was found. What the user can do goes into ``hint``.
 
 from __future__ import annotations
 
+_LONGEST = 2000
+"""Characters of a message; the middle of a longer one is left out."""
+
 
 class PlanishError(Exception):
     """Base of all deliberate errors; ``str()`` is one line, with the hint at its end."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        self.message = message
+        self.message = message = _printable(message)
         self.hint = hint
         super().__init__(f"{message} — {hint}" if hint else message)
+
+
+def _printable(text: str) -> str:
+    """The text in one line: names in damaged files may be endless, and hold codes for terminals."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class ModelError(PlanishError):

@@ -6,6 +6,7 @@ the file's content alive: saving another model over the same file does not chang
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from .derived import DerivedTensor
 from .errors import ModelError
 from .walk import replace_tensors
 
@@ -48,12 +50,31 @@ def array_tensor(
     return result
 
 
+def declared_bytes(tensor: ir.TensorProtocol, *, source: str) -> int:
+    """What a tensor takes by its shape and dtype, which a damaged file may say as anything.
+
+    Raises:
+        ModelError: a dimension is negative.
+    """
+    dims = tensor.shape.numpy()
+    if any(dim < 0 for dim in dims):
+        raise ModelError(
+            f"{source}: weight '{tensor.name}' ({tensor.dtype.name}{list(dims)}) has a negative dimension",
+            hint="the file is damaged: export the model again",
+        )
+    return -(-math.prod(dims) * tensor.dtype.bitwidth // 8)
+
+
 def release(tensor: ir.TensorProtocol | None) -> None:
     """Drop a mapped tensor's pages from memory; it stays valid and is read again when it is used.
 
     A pass that streams over many weights calls this after each of them, so that its peak memory is one weight
     and not all of them. Does nothing to tensors that do not come from a file.
     """
+    if isinstance(tensor, DerivedTensor):
+        for source in tensor.sources:
+            release(source)
+        return
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
         return
@@ -87,13 +108,19 @@ class _Mapper:
 
     def tensor(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
         """A tensor of the same name, dtype and content as ``tensor``, backed by the map of its file."""
-        path = self._resolve(tensor)
-        self._check_extent(tensor, path)
-        if not tensor.nbytes:  # an empty file cannot be mapped
-            return array_tensor(np.empty(0, np.uint8), tensor)
-        return array_tensor(
-            np.frombuffer(self._map(path), np.uint8, tensor.nbytes, tensor.offset or 0), tensor
-        )
+        try:
+            path = self._resolve(tensor)
+            self._check_extent(tensor, path)
+            if not tensor.nbytes:  # an empty file cannot be mapped
+                return array_tensor(np.empty(0, np.uint8), tensor)
+            data = np.frombuffer(self._map(path), np.uint8, tensor.nbytes, tensor.offset or 0)
+        except OSError as error:
+            raise ModelError(
+                f"{self._source}: weight '{tensor.name}' is stored in {tensor.location}, which cannot be "
+                f"read: {error.strerror or error}",
+                hint="keep the .data file beside the .onnx file; both make the model",
+            ) from error
+        return array_tensor(data, tensor)
 
     def _resolve(self, tensor: ir.ExternalTensor) -> Path:
         folder = Path(tensor.base_dir) if self._folder is None else self._folder
@@ -117,11 +144,12 @@ class _Mapper:
         return path.resolve()
 
     def _check_extent(self, tensor: ir.ExternalTensor, path: Path) -> None:
-        offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
-        if length != tensor.nbytes:
+        needed = declared_bytes(tensor, source=self._source)
+        offset, length = tensor.offset or 0, tensor.length or needed
+        if length != needed:
             raise ModelError(
                 f"{self._source}: weight '{tensor.name}' ({tensor.dtype.name}{list(tensor.shape)}) needs "
-                f"{tensor.nbytes} bytes, but its external data is {length} bytes long",
+                f"{needed} bytes, but its external data is {length} bytes long",
                 hint="the file is damaged: export the model again",
             )
         size = path.stat().st_size

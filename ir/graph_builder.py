@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from . import ops
+from .derived import DerivedTensor
 from .ops.definition import OpDefinition
+from .spill import kept
 
 CONTRIB = "com.microsoft"
 
@@ -29,10 +32,29 @@ class GraphBuilder:
         """An initializer ``<layer>.<suffix>``; integers of 4 bits need their ``container``."""
         name = f"{self.layer}.{suffix}"
         if container is None:
-            tensor: ir.TensorProtocol = ir.tensor(np.asarray(values, order="C"), name=name)
+            tensor: ir.TensorProtocol = ir.tensor(kept(np.asarray(values, order="C")), name=name)
         else:
             tensor = ops.integer_tensor(values, container, name)
-        value = ir.val(name, shape=values.shape, dtype=tensor.dtype, const_value=tensor)
+        return self._initializer(tensor, name)
+
+    def derived(
+        self,
+        read: Callable[[], npt.NDArray[Any]],
+        sources: Sequence[ir.TensorProtocol],
+        suffix: str,
+        *,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+    ) -> ir.Value:
+        """An initializer whose values are computed when they are read, see `planish.ir.derived`."""
+        name = f"{self.layer}.{suffix}"
+        tensor = DerivedTensor(
+            lambda: ir.Tensor(read(), dtype=dtype, name=name), sources, dtype=dtype, shape=shape, name=name
+        )
+        return self._initializer(tensor, name)
+
+    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        value = ir.val(name, shape=ir.Shape(tensor.shape.numpy()), dtype=tensor.dtype, const_value=tensor)
         self.initializers.append(value)
         return value
 

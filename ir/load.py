@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import graphlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from .clone import clone
 from .errors import ModelError, VerificationError
 from .external import map_external_tensors
 from .opset import convert_opset, settle_ir_version
+from .schemas import check_nodes
 from .skeleton import read_skeleton
 from .verify import verify
 from .walk import all_graphs, all_nodes, root_graphs
@@ -25,6 +29,10 @@ REMARKS_KEY = "planish.remarks"
 _MAPPED_FROM = 2**26
 """Bytes of a file from which weights inside it are mapped and not read. Smaller ones are read at once: such
 models stay whole if someone writes into the file."""
+
+
+_MOST_NODES = 10**7
+"""That the functions of a model may make when they are inlined."""
 
 
 def load(
@@ -51,6 +59,8 @@ def load(
     detach_from_protobuf(model, source=name)
     _make_constant_inputs_constant(model)
     _check_structure(model, name)
+    _check_functions(model, name)
+    check_nodes(model, source=name)
     remark = convert_opset(model, source=name)
     settle_ir_version(model)
     if remark is not None:
@@ -136,12 +146,24 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
             )
         seen.add(tensor.name)
     try:
-        return ir.serde.deserialize_model(proto)
+        with _without_warnings():
+            return ir.serde.deserialize_model(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"{name}: malformed ONNX, or a kind of value that is not supported: {_innermost(error)}",
             hint="check it with onnx.checker.check_model",
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """What the deserialiser warns of, the checks after it refuse."""
+    logger = logging.getLogger("onnx_ir.serde")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _check_parts(model: ir.Model, name: str) -> None:
@@ -172,8 +194,8 @@ def _texts(model: ir.Model) -> Iterator[object]:
 
 def _innermost(error: BaseException) -> str:
     """What was wrong in the first place, in one line: onnx_ir wraps an error for each message around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
@@ -195,6 +217,25 @@ def _check_structure(model: ir.Model, name: str) -> None:
         _verify_sorted(model)
     except VerificationError as error:
         raise _malformed(name, error) from None
+
+
+def _check_functions(model: ir.Model, name: str) -> None:
+    """Inlined, functions must end somewhere, and not in more nodes than anyone can run."""
+    calls: dict[object, list[object]] = {
+        identifier: [node.op_identifier() for node in function.all_nodes()]
+        for identifier, function in model.functions.items()
+    }
+    try:
+        order = list(graphlib.TopologicalSorter(calls).static_order())
+    except graphlib.CycleError as error:
+        cycle = " → ".join("::".join(filter(None, called)) for called in reversed(error.args[1]))
+        raise ModelError(f"{name}: a function calls itself: {cycle}", hint="export the model again") from None
+    sizes: dict[object, int] = {}
+    for identifier in order:
+        sizes[identifier] = sum(sizes.get(called, 1) for called in calls.get(identifier, ())) or 1
+    total = sum(sizes.get(node.op_identifier(), 1) for node in model.graph.all_nodes())
+    if total > _MOST_NODES:
+        raise ModelError(f"{name}: its functions make {total} nodes of it", hint="export the model again")
 
 
 def _malformed(name: str, error: VerificationError) -> ModelError:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +12,7 @@ import onnx_ir as ir
 
 from .errors import ModelError
 from .external import map_external_tensors, release
+from .files import replacing
 from .skeleton import encode_varint
 
 _LARGEST_FILE = 2**31 - 1
@@ -31,7 +30,13 @@ _INITIALIZER_TAG = bytes([5 << 3 | 2])  # GraphProto.initializer
 _RAW_DATA_TAG = bytes([9 << 3 | 2])  # TensorProto.raw_data
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    external_data: bool | None = None,
+    data_suffix: str = ".data",
+) -> None:
     """Write ``model`` to ``path`` as ONNX; a failure or an interruption leaves the folder as it was.
 
     The files are written under temporary names beside ``path`` and renamed when complete. Weights are
@@ -42,6 +47,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         path: where to; the folder must exist.
         external_data: write the weights to a second file, ``<path>.data``. None: only if they are too large
             for one file (2 GB).
+        data_suffix: what the second file is called after ``path``.
 
     Raises:
         ModelError: the folder does not exist or cannot be written, or the model is too large for one file.
@@ -55,9 +61,9 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         external_data = sum(_tensor(value).nbytes for value in weights) > _EXTERNAL_ABOVE
     try:
         if external_data:
-            _save_with_data_file(model, path, weights)
+            _save_with_data_file(model, path, weights, path.with_name(path.name + data_suffix))
         else:
-            with _replacing(path) as (file,):
+            with replacing(path) as (file,):
                 _write_in_one_file(file, model, path)
     except OSError as error:
         raise ModelError(
@@ -85,9 +91,8 @@ def _is_large(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _STREAMED_FROM
 
 
-def _save_with_data_file(model: ir.Model, path: Path, weights: Sequence[ir.Value]) -> None:
-    data_path = path.with_name(path.name + ".data")
-    with _replacing(data_path, path) as (data_file, model_file):
+def _save_with_data_file(model: ir.Model, path: Path, weights: Sequence[ir.Value], data_path: Path) -> None:
+    with replacing(data_path, path) as (data_file, model_file):
         offsets: dict[int, int] = {}  # by identity: a tensor that several initializers share is written once
         for value in weights:
             tensor = _tensor(value)
@@ -181,44 +186,3 @@ def _reference(value: ir.Value, tensor: ir.TensorProtocol, location: str, offset
         doc_string=tensor.doc_string,
         metadata_props=dict(tensor.metadata_props),
     )
-
-
-@contextlib.contextmanager
-def _replacing(*targets: Path) -> Iterator[tuple[BinaryIO, ...]]:
-    """Files to write in place of ``targets``: on success all take their place, on failure none does."""
-    label = uuid.uuid4().hex[:12]
-    temporary = [target.with_name(f".{target.name}.{label}.tmp") for target in targets]
-    try:
-        with contextlib.ExitStack() as stack:
-            files = tuple(stack.enter_context(path.open("xb")) for path in temporary)
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for path, target in zip(temporary, targets, strict=True):
-            if target.exists():
-                shutil.copymode(target, path)
-        _rename_all(temporary, targets)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-
-
-def _rename_all(sources: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Rename every source to its target, or put the old targets back."""
-    *first, last = zip(sources, targets, strict=True)
-    backups: list[tuple[Path, Path]] = []
-    try:
-        for source, target in first:
-            if target.exists():
-                backup = source.with_suffix(".old")
-                os.replace(target, backup)
-                backups.append((backup, target))
-            os.replace(source, target)
-        os.replace(*last)
-    except BaseException:
-        for backup, target in backups:
-            os.replace(backup, target)
-        raise
-    for backup, _ in backups:
-        backup.unlink()

@@ -17,6 +17,8 @@ from .walk import all_nodes, all_values, subgraphs_of
 
 _PASSED_OVER = "planish.passed_over"
 """The domain that nodes are moved to while they are passed over: no op is registered for it."""
+_LONGEST_FORMULA = 200
+"""Characters of a symbol that is read as a formula. Longer ones, and powers, may take forever to compute."""
 _MOST_FAILURES = 16
 """Nodes to pass over one by one; after them, all nodes of an op that fails."""
 
@@ -74,6 +76,8 @@ def _rename_unreadable_symbols(model: ir.Model) -> None:
 
 
 def _is_formula(symbol: str) -> bool:
+    if len(symbol) > _LONGEST_FORMULA or "**" in symbol:
+        return False
     try:
         ir.SymbolicDim(symbol).free_symbols()
     except ValueError:

@@ -26,6 +26,9 @@ META_KEY = "planish.signature"
 REMARKS_KEY = "planish.remarks"
 """Where `trace` keeps, in ``ir.Model.meta``, a tuple of sentences: what is not as a user may expect."""
 
+CONFIG_KEY = "planish.config"
+"""Where `trace` keeps, in ``ir.Model.meta``, the ``config.json`` of a model of transformers, as text."""
+
 Path = tuple[str | int, ...]
 """Where a leaf stands in the call: the forward parameter's name, then keys and indices."""
 

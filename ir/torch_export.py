@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import re
 import traceback
@@ -29,7 +30,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from .dynamic_shapes import DynamicDims, check_specialised, enlarge, label_shapes, torch_dynamic_shapes
 from .errors import TraceError
-from .signature import Path, flatten_with_paths, path_name
+from .signature import CONFIG_KEY, Path, flatten_with_paths, path_name
 
 _PREFIX = "module"
 _NOISY_LOGGERS = (
@@ -139,6 +140,10 @@ def trace_flat(
     }
     tidy(model, parameters=parameters, input_names=names, output_names=flat.outputs.names)
     remarks += label_shapes(model, dims, shapes)
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_json_string"):
+        stated = json.loads(config.to_json_string())
+        model.meta[CONFIG_KEY] = json.dumps({**stated, "architectures": [type(module).__name__]})
     return Traced(model=model, outputs=flat.outputs, remarks=remarks)
 
 

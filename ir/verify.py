@@ -25,6 +25,8 @@ PLANISH_DOMAIN = "planish"
 
 _NODES_AROUND = 3
 """How many nodes before and after the offending one an error shows."""
+_LONGEST_LINE = 500
+"""Characters that it shows of each."""
 
 
 def verify(model: ir.Model) -> None:
@@ -189,6 +191,6 @@ def _surroundings(node: ir.Node) -> Iterable[str]:
     position = nodes.index(node)
     first = max(0, position - _NODES_AROUND)
     return [
-        f"{'>' if index == position else ' '} {format_node(nodes[index])}"
+        f"{'>' if index == position else ' '} {format_node(nodes[index])}"[:_LONGEST_LINE]
         for index in range(first, min(len(nodes), position + _NODES_AROUND + 1))
     ]

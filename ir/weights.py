@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
+
 import numpy as np
 import onnx_ir as ir
 
 from .errors import ModelError
-from .external import array_tensor, release
+from .external import array_tensor, declared_bytes, release
 from .walk import all_graphs, replace_tensors
 
 _DAMAGED = "the file is damaged: export the model again"
-_CHUNK = 1 << 22
-"""Elements tested at a time, so that the test of a large weight needs little memory."""
+_CHUNK = 1 << 16
+"""Elements tested at a time: what is computed of them stays in a core's cache."""
+_EXPONENTS = {
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float32": (np.uint32, 0x7F800000),
+    "float64": (np.uint64, 0x7FF0000000000000),
+}
+"""The bits that are all ones in NaN and infinities, and in nothing else."""
 
 _WEIGHT_READERS = frozenset(
     {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "Einsum", "LSTM", "GRU", "RNN"}
@@ -42,7 +52,7 @@ def _own_tensor(tensor: ir.TensorProtocol, source: str) -> ir.TensorProtocol:
         data = tensor.tobytes()
     except ValueError as error:
         raise ModelError(f"{source}: weight '{tensor.name}': {error}", hint=_DAMAGED) from error
-    _check_size(tensor, len(data), tensor.nbytes, "bytes", source)
+    _check_size(tensor, len(data), declared_bytes(tensor, source=source), "bytes", source)
     return array_tensor(np.frombuffer(data, np.uint8), tensor)
 
 
@@ -58,25 +68,34 @@ def _check_size(tensor: ir.TensorProtocol, found: int, expected: int, unit: str,
 def check_finite(model: ir.Model, *, source: str) -> None:
     """Check that no weight holds NaN, and that no weight of a linear, norm or embedding holds an infinity.
 
-    Reads each weight once and releases it again. Scalars are left out: they are constants of the program.
+    Reads each weight once, some at a time, and releases it again. Scalars are left out: they are constants of
+    the program.
 
     Raises:
         ModelError: names the first such weight, what it holds and where.
     """
-    for graph in all_graphs(model):
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
-                continue
-            bad = _first_not_finite(np.asarray(tensor.numpy()), allow_infinity=not _is_weight(value))
-            release(tensor)
+    values = [value for graph in all_graphs(model) for value in graph.initializers.values()]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for value, bad in zip(values, pool.map(_bad_number, values), strict=True):
             if bad is not None:
-                index, found = bad
-                where = [int(i) for i in np.unravel_index(index, tensor.shape.numpy())]
+                pool.shutdown(cancel_futures=True)
+                where, found = bad
                 raise ModelError(
-                    f"{source}: weight '{name}' holds {found} at index {where}",
+                    f"{source}: weight '{value.name}' holds {found} at index {where}",
                     hint="the checkpoint is broken, or overflowed in a conversion to a smaller float type",
                 )
+
+
+def _bad_number(value: ir.Value) -> tuple[list[int], float] | None:
+    """Where a weight holds what it must not, and what."""
+    tensor = value.const_value
+    if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+        return None
+    bad = _first_not_finite(np.asarray(tensor.numpy()), allow_infinity=not _is_weight(value))
+    release(tensor)
+    if bad is None:
+        return None
+    return [int(i) for i in np.unravel_index(bad[0], tensor.shape.numpy())], bad[1]
 
 
 def _is_weight(value: ir.Value) -> bool:
@@ -89,8 +108,20 @@ def _first_not_finite(
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
+        if not _may_hold_bad(chunk):
+            continue
         bad = np.isnan(chunk) if allow_infinity else ~np.isfinite(chunk)
         if bad.any():
             index = int(np.argmax(bad))
             return start + index, float(chunk[index])
     return None
+
+
+def _may_hold_bad(chunk: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:
+    """Whether there is a NaN or an infinity; True where the type's bits are not known here."""
+    known = _EXPONENTS.get(chunk.dtype.name)
+    if known is None:
+        return True
+    unsigned, exponent = known
+    bits = chunk.view(unsigned)
+    return bool(((bits & unsigned(exponent)) == unsigned(exponent)).any())

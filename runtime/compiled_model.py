@@ -15,6 +15,7 @@ from torch import fx
 
 from ..codegen import get_target
 from ..codegen.target import BoundModel, Target
+from ..codegen.web import Provider, WebSupport, web_support
 from ..ir import save
 from ..ir.companions import EVICTION, companions_of
 from ..ir.errors import InputError
@@ -26,8 +27,10 @@ from .generate import Decoder, Eviction, Generation, generate
 from .generate.cache import cache_slots
 from .generate.memory import Memory, memory
 from .generate.prompts import prompts
+from .hub import hub_file_names, save_hub
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
-from .saved import note_session_options, prefill_file, read_prefill, read_saved
+from .provenance import note_binding
+from .saved import prefill_file, read_prefill, read_saved
 from .torch_session import TorchSession
 
 Array = np.ndarray[Any, Any]
@@ -244,7 +247,7 @@ class CompiledModel:
 
     def _bound_for(self, rows: int) -> BoundModel:
         bound = self.target.for_rows(rows).bind(self.model)
-        note_session_options(bound)
+        note_binding(bound)
         return bound
 
     @functools.cached_property
@@ -352,6 +355,69 @@ class CompiledModel:
             external_data=external_data,
         )
         return path / MODEL_FILE
+
+    def save_hub(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        config: Any = None,
+        tokenizer: Any = None,
+        external_data: bool | None = None,
+    ) -> Path:
+        """Write the bound model into a folder in the layout of the Hugging Face hub.
+
+        That is ``onnx/model_q4.onnx`` or as the hub's convention calls a model with such weights (see
+        `hub_file_names`), and ``config.json`` beside that folder. Save several models into one folder, each
+        under its name. Compile for the target ``portable`` where the file shall run on any runtime.
+
+        Args:
+            folder: made if it is not there; other files in it stay.
+            name: of the file; None for the convention's.
+            config: a configuration of transformers, or a folder with ``config.json``; None for the one that
+                the model was traced with, or that is in the folder. Without any, none is written.
+            tokenizer: one of transformers, or a folder with its files.
+            external_data: write the weights to a second file; None: only if they are too large for one.
+
+        Returns:
+            The path of the ONNX file.
+
+        Raises:
+            ModelError: the folder cannot be written.
+            InputError: the convention has no name for the model, tokens of its cache are evicted, or there is
+                no configuration or tokenizer in what was given.
+        """
+        if self.eviction is not None:
+            raise InputError(
+                "a decoder that evicts is two models, which the hub's layout has no names for",
+                hint="save it to a folder of its own with save()",
+            )
+        return save_hub(
+            self.bound,
+            self.model,
+            Path(folder),
+            name=name,
+            config=config,
+            tokenizer=tokenizer,
+            external_data=external_data,
+        )
+
+    @property
+    def hub_file_names(self) -> tuple[str, ...]:
+        """The names that the hub's convention has for the model, the usual one first.
+
+        Raises:
+            InputError: there is no name for how its weights are stored, or it has none.
+        """
+        return hub_file_names(self.model)
+
+    def web_support(self, provider: Provider = "webgpu") -> WebSupport:
+        """Which nodes of the bound model onnxruntime-web has no kernels for; see `planish.codegen.web`.
+
+        Args:
+            provider: ``wasm`` or ``webgpu``.
+        """
+        return web_support(self.bound.model, provider)
 
     def benchmark(
         self, feeds: Mapping[str, Array], *, against: CompiledModel | None = None, repeats: int = 20

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..codegen.target import BoundModel
 from ..ir import save
 from ..ir.decoder_facts import DecoderFacts
 from ..ir.errors import InputError, ModelError
+from ..ir.files import move_all
 from .generate.genai import CONFIG_FILE, genai_config
 
 MODEL_FILE, EVICTION_FILE, PREFILL_FILE = "model.onnx", "evict.onnx", "prefill.onnx"
@@ -72,12 +73,8 @@ def save_folder(
             if prefill is not None:
                 save(prefill.model, made / PREFILL_FILE, external_data=external_data)
             if tokenizer is not None:
-                _write_tokenizer(tokenizer, made)
-            folder.mkdir(exist_ok=True)
-            if prefill is None:
-                (folder / PREFILL_FILE).unlink(missing_ok=True)
-            for file in sorted(made.iterdir()):
-                os.replace(file, folder / file.name)
+                write_tokenizer(tokenizer, made)
+            _move_into(folder, sorted(made.iterdir()), stale=PREFILL_FILE if prefill is None else None)
     except OSError as error:
         raise ModelError(
             f"{folder} cannot be written: {error.strerror or error}",
@@ -85,15 +82,34 @@ def save_folder(
         ) from error
 
 
+def _move_into(folder: Path, files: Sequence[Path], *, stale: str | None) -> None:
+    """Move all files, and let one that an earlier model left there go; or leave the folder as it was."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+        removed = [] if stale is None else [folder / stale]
+        move_all(files, [folder / file.name for file in files], removed=removed)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: it is complete, and what came afterwards failed
+                folder.rmdir()
+        raise
+
+
 def _write_config(bound: BoundModel, folder: Path) -> None:
     facts = DecoderFacts.read(bound.model)
     if facts is not None:
         config = genai_config(bound.model, facts, MODEL_FILE, bound.session_options)
         text = json.dumps(config, indent=2)
-        (folder / CONFIG_FILE).write_text(text + "\n")
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of transformers, or the files of the folder that one was loaded from.
+
+    Raises:
+        InputError: there is none in what was given.
+    """
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
         return

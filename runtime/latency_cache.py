@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..codegen.machine import cache_directory
+from ..ir.files import write_whole
 
 
 def read_seconds(key: Mapping[str, object]) -> float | None:
@@ -32,23 +31,7 @@ def write_seconds(key: Mapping[str, object], seconds: float) -> None:
     """Store an entry; a cache that cannot be written only costs time, so nothing is raised."""
     with contextlib.suppress(OSError):
         _path(key).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_path(key), {"key": key, "seconds": seconds})
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write under another name in the same folder and move into place.
-
-    Raises:
-        OSError: the folder is missing or cannot be written.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        write_whole(_path(key), json.dumps({"key": key, "seconds": seconds}, indent=1))
 
 
 def _path(key: Mapping[str, object]) -> Path:

@@ -31,11 +31,11 @@ from ..codegen.machine import fingerprint
 from ..codegen.target import Target
 from ..ir import clone
 from ..ir.errors import InputError
+from ..ir.files import write_whole
 from ..ir.structure import ChannelGroup, Structure
 from .calibration.data import Feeds
 from .end_to_end import end_to_end_latency, fitted_feeds, open_bound, threads_of
 from .latency_bench import RUNTIME, Bench, Timer, interleaved, target_text
-from .latency_cache import write_json
 from .latency_feeds import deployment_feeds
 from .latency_pieces import Piece, extract, group_nodes, own_module
 
@@ -92,7 +92,7 @@ class LatencyTable:
         """
         content = {"planish_latency_table": _FORMAT, **dataclasses.asdict(self)}
         try:
-            write_json(Path(path), content)
+            write_whole(Path(path), json.dumps(content, indent=1))
         except OSError as error:
             raise InputError(f"latency table {path}: cannot be written: {error.strerror}") from error
 

@@ -144,7 +144,7 @@ def layer_of(node: ir.Node) -> str:
     return ""
 
 
-def _nearest_layer(nodes: Sequence[ir.Node]) -> str:
+def nearest_layer(nodes: Sequence[ir.Node]) -> str:
     """The layer of the first of ``nodes`` that has one, else of the nearest node that they depend on."""
     pending = collections.deque(nodes)
     seen = set(nodes)
@@ -211,7 +211,7 @@ def _describe(
         detail=detail,
         node=node.name or "",
         op=node.op_type,
-        layer=changed[0].rpartition(".")[0] if changed and "." in changed[0] else _nearest_layer(suspects),
+        layer=changed[0].rpartition(".")[0] if changed and "." in changed[0] else nearest_layer(suspects),
         changed_weights=changed,
         vanished=tuple(suspect.outputs[0].name or "" for suspect in lost),
     )

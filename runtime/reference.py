@@ -14,6 +14,7 @@ import onnxruntime
 
 from ..ir import clone
 from ..ir.errors import InputError
+from ..ir.walk import subgraphs_of
 from .session import open_session, run_session, serialize_sharing_weights
 
 Array = np.ndarray[Any, Any]
@@ -69,7 +70,11 @@ def _with_outputs(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
     graph.outputs[:] = [values[name] for name in outputs]
     # Nodes go, outputs of the nodes that stay do not: some kernels want their optional outputs together.
     needed = ancestors(graph.outputs)
-    graph.remove([node for node in graph if node not in needed], safe=True)
+    unneeded = [node for node in graph if node not in needed]
+    for inner in (inner for node in unneeded for body in subgraphs_of(node) for inner in body.all_nodes()):
+        for index in range(len(inner.inputs)):
+            inner.replace_input_with(index, None)  # what it captures is no longer used by it
+    graph.remove(unneeded, safe=True)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():
             del graph.initializers[name]

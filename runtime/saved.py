@@ -13,20 +13,19 @@ from ..ir import load
 from ..ir.companions import EVICTION, EVICTS_KEY, attach
 from ..ir.errors import ModelError
 from .folder import EVICTION_FILE, MODEL_FILE, PREFILL_FILE
-
-_REPORT, _RECIPE, _OPTIONS = "planish.report", "planish.recipe", "planish.session_options"
+from .provenance import RECIPE, REPORT, SESSION_OPTIONS
 
 
 class SavedReport:
     """What a file says of how it was compiled.
 
     Args:
-        properties: the file's metadata.
+        recipe: the pipeline; empty for a file that something else wrote.
+        report: as `PipelineReport.as_dict` gave it.
     """
 
-    def __init__(self, properties: dict[str, str]) -> None:
-        self._recipe = properties.get(_RECIPE, "")
-        self._report: dict[str, Any] = json.loads(properties.get(_REPORT, "{}"))
+    def __init__(self, recipe: str, report: dict[str, Any]) -> None:
+        self._recipe, self._report = recipe, report
 
     def __rich__(self) -> Text:
         """The recipe."""
@@ -36,12 +35,6 @@ class SavedReport:
         """As it is in the file, where times and memory are not kept."""
         del costs
         return self._report
-
-
-def note_session_options(bound: BoundModel) -> None:
-    """Write into a bound model what its kernels rely on, for whoever runs the file."""
-    if bound.session_options:
-        bound.model.metadata_props[_OPTIONS] = json.dumps(dict(bound.session_options))
 
 
 def prefill_file(path: Path) -> Path | None:
@@ -62,13 +55,22 @@ def read_prefill(file: Path) -> BoundModel:
 
 
 def _session_options(file: Path, properties: dict[str, str]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in _read_object(file, properties, SESSION_OPTIONS).items()}
+
+
+def _read_object(file: Path, properties: dict[str, str], key: str) -> dict[str, Any]:
     try:
-        options: dict[str, str] = json.loads(properties.get(_OPTIONS, "{}"))
-    except ValueError as error:
+        found = json.loads(properties.get(key, "{}"))
+        problem = "" if isinstance(found, dict) else f"expected an object, found {type(found).__name__}"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
         raise ModelError(
-            f"{file}: its metadata is damaged: {error}", hint="compile the model again from its source"
-        ) from error
-    return options
+            f"{file}: its metadata is damaged: {key}: {problem}",
+            hint="compile the model again from its source",
+        )
+    result: dict[str, Any] = found
+    return result
 
 
 def read_saved(path: Path) -> tuple[BoundModel, SavedReport]:
@@ -81,12 +83,7 @@ def read_saved(path: Path) -> tuple[BoundModel, SavedReport]:
     model = load(file)
     properties = dict(model.metadata_props)
     options = _session_options(file, properties)
-    try:
-        report = SavedReport(properties)
-    except ValueError as error:
-        raise ModelError(
-            f"{file}: its metadata is damaged: {error}", hint="compile the model again from its source"
-        ) from error
+    report = SavedReport(properties.get(RECIPE, ""), _read_object(file, properties, REPORT))
     eviction = file.with_name(EVICTION_FILE)
     if EVICTS_KEY in properties:
         if not eviction.is_file():

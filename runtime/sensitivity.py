@@ -18,7 +18,7 @@ import torch
 
 from ..ir import clone
 from ..ir.errors import InputError
-from .calibration.data import Feeds, token_mask
+from .calibration.data import Feeds, has_batch_axis, token_mask
 from .session import open_session, run_session, serialize_sharing_weights
 
 Array = npt.NDArray[Any]
@@ -95,15 +95,19 @@ class WeightSensitivity:
         return run_session(self._session, {**feeds, **weights})
 
 
-def first_samples(data: Sequence[Feeds], count: int) -> list[Feeds]:
-    """The first ``count`` samples of batches: whole batches, and the part of the last one that is needed."""
+def first_samples(data: Sequence[Feeds], count: int, model: ir.Model) -> list[Feeds]:
+    """The first ``count`` samples of batches: whole batches, and the part of the last one that is needed.
+
+    Where ``model`` has a fixed number of samples, or no batch axis, the last one is whole, too.
+    """
+    splits = has_batch_axis(model)
     found: list[Feeds] = []
     for feeds in data:
         if count <= 0:
             break
         sizes = {array.shape[0] if array.ndim else None for array in feeds.values()}
         size = sizes.pop() if len(sizes) == 1 else None
-        whole = size is None or size <= count
+        whole = size is None or size <= count or not splits
         found.append(feeds if whole else {name: array[:count] for name, array in feeds.items()})
         count -= size or 1
     return found

@@ -13,7 +13,7 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from planish import cli, cli_pruning
+from planish import cli, cli_explain, cli_pruning
 from planish.ir.errors import ModelError
 from planish.passes.infrastructure.facts import facts_of
 from typer.testing import CliRunner
@@ -23,6 +23,7 @@ COMMANDS = (
     "inspect",
     "structure",
     "latency",
+    "report",
     "passes",
     "generate",
     "benchmark",
@@ -57,6 +58,7 @@ def model(tmp_path):
 def _wide(monkeypatch):
     monkeypatch.setattr(cli.out, "_width", 160)
     monkeypatch.setattr(cli.err, "_width", 160)
+    monkeypatch.setattr(cli_explain.out, "_width", 160)
     monkeypatch.setattr(cli_pruning.out, "_width", 160)
 
 
@@ -176,17 +178,16 @@ def test_latency_measures_saves_and_shows_a_table(model, tmp_path, monkeypatch):
 def test_compile_writes_a_file_for_every_target_of_pruning(model, tmp_path):
     inputs = tmp_path / "inputs.npz"
     np.savez(inputs, x=np.random.default_rng(1).standard_normal((64, 32)).astype(np.float32))
-    output, state = tmp_path / "out.onnx", tmp_path / "state"
+    output = tmp_path / "out.onnx"
     passes = "canonicalize,prune{sparsity=[0.25,0.5],evaluations=2},distill{steps=2,squarehead=0}"
     text = ok(
         "compile", model, "-o", output, "-p", passes, "-t", "portable", "--calibration", inputs, "--training",
-        inputs, "--state", state,
+        inputs,
     )  # fmt: skip
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("out*.onnx")}
     assert sizes.keys() == {"out", "out-0.25"}
     assert sizes["out"] < sizes["out-0.25"]
     assert "out-0.25.onnx" in text
-    assert {path.name for path in state.iterdir()} == {"prune-0", "distill-0"}
 
 
 def test_passes_lists_and_describes():
@@ -308,7 +309,7 @@ def test_ctrl_c_is_code_130(monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_pipeline", interrupt)
+    monkeypatch.setattr(cli_explain, "read_pipeline", interrupt)
     assert run("bisect", "model.onnx").exit_code == 130
 
 

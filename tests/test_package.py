@@ -57,6 +57,7 @@ def test_wheel_holds_the_package_alone(wheel):
     assert "planish/py.typed" in names
     assert "planish/codegen/cuda/kernels/w4a16.cu" in names
     assert "planish/codegen/cuda/kernels/primitives.cuh" in names
+    assert "planish/runtime/report_html/page.html" in names
     assert not [name for name in names if name.startswith(("planish/tests", "planish/benchmarks"))]
 
 

@@ -15,7 +15,8 @@ import re
 from typing import Any
 
 from ...ir.errors import TargetError
-from ..machine import cache_directory, write_whole
+from ...ir.files import write_whole
+from ..machine import cache_directory
 from .kernel import KERNELS, Kernel
 
 _STANDARD = "c++17"

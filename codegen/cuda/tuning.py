@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...ir.errors import TargetError
-from ..machine import cache_directory, write_whole
+from ...ir.files import write_whole
+from ..machine import cache_directory
 from .hardware import Gpu
 from .products import LIBRARY, Configuration
 

@@ -72,7 +72,7 @@ def gather_op(node: ir.Node) -> GatherOp:
     if ids is None or table is None or scale is None:
         raise TargetError(f"node {node.name!r}: {node.op_type} lacks its ids, table or scale")
     spec = GatherSpec(
-        columns=constant_of(table).numpy().shape[1],
+        columns=int(constant_of(table).shape.numpy()[1]),
         bits=node.attributes["bits"].as_int(),
         block_size=node.attributes["block_size"].as_int() if node.overload == "block" else 0,
         signed=table.dtype in (ir.DataType.INT4, ir.DataType.INT8),

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ...ir import ops
 from ...ir.graph_builder import CONTRIB, GraphBuilder
-from ..linear_op import LinearOp
+from ...ir.rearranged import TransposedTensor
+from ..linear_op import LinearOp, constant_of
 
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
 
@@ -25,16 +27,23 @@ def emit_nbits(accuracy_level: int) -> Callable[[GraphBuilder, LinearOp], ir.Val
         offset = 1 << (bits - 1) if spec.signed else 0
         blocks = spec.in_features // block_size
         shape = (spec.out_features, blocks, block_size)
-        weight = _packed((op.integers() + offset).T.reshape(shape), bits)
+        stored = constant_of(op.weight)
+        weight = build.derived(
+            lambda: _packed_weight(stored, shape, bits, offset),
+            [stored],
+            "weight_packed",
+            dtype=ir.DataType.UINT8,
+            shape=(*shape[:2], -(-block_size * bits // 8)),
+        )
         zero_point = None
         zero_points = op.zero_points()
         if zero_points is not None or not spec.signed:
             spread = _per_block(zero_points if zero_points is not None else np.int16(0), op, blocks)
-            zero_point = build.constant(_packed(spread + offset, bits), "zero_points_packed")
+            zero_point = build.constant(_packed(spread, bits, offset), "zero_points_packed")
         return build.op(
             "MatMulNBits",
             op.x,
-            build.constant(weight, "weight_packed"),
+            weight,
             build.constant(_per_block(op.scales(), op, blocks), "scales"),
             zero_point,
             None,
@@ -48,6 +57,18 @@ def emit_nbits(accuracy_level: int) -> Callable[[GraphBuilder, LinearOp], ir.Val
         )
 
     return emit
+
+
+def _packed_weight(
+    stored: ir.TensorProtocol, shape: tuple[int, int, int], bits: int, offset: int
+) -> npt.NDArray[np.uint8]:
+    """[N, blocks, bytes of a block] of integers [K, N]."""
+    by_columns = stored.source if isinstance(stored, TransposedTensor) else None
+    if bits == 4 and isinstance(by_columns, ir.PackedTensor) and shape[2] % 2 == 0:
+        # The same order already; to add 8 to four bits is to flip the highest.
+        packed = np.asarray(by_columns.raw).reshape(*shape[:2], shape[2] // 2)
+        return packed ^ np.uint8(0x88) if offset else packed
+    return _packed(ops.integer_values(stored).T.reshape(shape), bits, offset)
 
 
 def _packed_bits(op: LinearOp) -> int:
@@ -67,12 +88,12 @@ def _per_block(values: npt.NDArray[Any] | np.int16, op: LinearOp, blocks: int) -
     return np.ascontiguousarray(np.broadcast_to(values, (blocks, op.spec.out_features)).T)
 
 
-def _packed(values: npt.NDArray[np.int16], bits: int) -> npt.NDArray[np.uint8]:
-    """Pack the last axis, low bits first, to whole bytes."""
+def _packed(values: npt.NDArray[np.integer[Any]], bits: int, offset: int) -> npt.NDArray[np.uint8]:
+    """Pack the last axis of values + offset, low bits first, to whole bytes; what is padded is 0."""
     per_byte = 8 // bits
-    padding = -values.shape[-1] % per_byte
-    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)]).astype(np.uint8)
-    grouped = padded.reshape(*padded.shape[:-1], -1, per_byte)
-    shifted = grouped << (np.arange(per_byte, dtype=np.uint8) * bits)
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(shifted, axis=-1).astype(np.uint8)
+    numbers = values.astype(np.uint8) + np.uint8(offset)
+    packed = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // per_byte)), np.uint8)
+    for position in range(per_byte):
+        part = numbers[..., position::per_byte]
+        packed[..., : part.shape[-1]] |= part << np.uint8(position * bits)
     return packed

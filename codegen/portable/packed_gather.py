@@ -17,6 +17,7 @@ from ...ir import ops
 
 _SIGN_OFFSET = 8
 
+# The low bits go before the shift: OpenVINO rounds what is shifted out.
 _UNPACK = """
   flat_shape = Constant <value_ints: ints = [-1]> ()
   last_axis = Constant <value_ints: ints = [-1]> ()
@@ -24,12 +25,15 @@ _UNPACK = """
   columns = Constant <value_ints: ints = @columns> ()
   fifteen_long = Constant <value_int: int = 15> ()
   fifteen = Cast <to: int = 2> (fifteen_long)
+  high_bits_long = Constant <value_int: int = 240> ()
+  high_bits = Cast <to: int = 2> (high_bits_long)
   four_long = Constant <value_int: int = 4> ()
   four = Cast <to: int = 2> (four_long)
   flat_ids = Reshape (ids, flat_shape)
   rows = Gather <axis: int = 0> (packed, flat_ids)
   low = BitwiseAnd (rows, fifteen)
-  high = BitShift <direction: string = "RIGHT"> (rows, four)
+  high_alone = BitwiseAnd (rows, high_bits)
+  high = BitShift <direction: string = "RIGHT"> (high_alone, four)
   low_column = Unsqueeze (low, last_axis)
   high_column = Unsqueeze (high, last_axis)
   pairs = Concat <axis: int = -1> (low_column, high_column)

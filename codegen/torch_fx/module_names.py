@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
+_UNWRITABLE = re.compile(r'["\\\x00-\x1f\x7f]')
+"""What ends the text that torch writes a part of a path as, in the code of the module."""
 _RESERVED = frozenset(dir(torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())))
 """What a module has of its own at its top; no buffer can take these names."""
 
@@ -12,7 +16,7 @@ class ModuleNames:
     """Gives each initializer a path of its own: its name, or one close to it where that cannot be.
 
     ``model.norm.weight`` is buffer ``weight`` of ``norm`` of ``model``. A path cannot be both a buffer and a
-    module that holds buffers, have empty parts, or hide what every module has.
+    module that holds buffers, have empty parts, hold quotes, or hide what every module has.
     """
 
     def __init__(self) -> None:
@@ -21,9 +25,9 @@ class ModuleNames:
 
     def add(self, name: str) -> str:
         """The path for a new initializer."""
-        path = name
-        if any(not part or part in _RESERVED for part in name.split(".")):
-            path = "initializer_" + name.replace(".", "_")
+        path = _UNWRITABLE.sub("_", name)
+        if any(not part or part in _RESERVED for part in path.split(".")):
+            path = "initializer_" + path.replace(".", "_")
         while not self._is_free(path):
             path = path.replace(".", "_") + "_"
         self._buffers.add(path)

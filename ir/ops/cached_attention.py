@@ -62,10 +62,13 @@ _INT8 = """
   {x}_present = Cast <to: int = 1> (present_{name})
   {x}_all = Mul ({x}_present, {name}_scale)
 """
+# The low bits go before the shift: OpenVINO rounds what is shifted out.
 _INT4_CONSTANTS = """
   eight = Constant <value_float: float = 8.0> ()
   fifteen_long = Constant <value_int: int = 15> ()
   fifteen = Cast <to: int = 2> (fifteen_long)
+  high_bits_long = Constant <value_int: int = 240> ()
+  high_bits = Cast <to: int = 2> (high_bits_long)
   four_long = Constant <value_int: int = 4> ()
   four = Cast <to: int = 2> (four_long)
   last_axis = Constant <value_ints: ints = [-1]> ()
@@ -84,7 +87,8 @@ _INT4 = """
   {x}_new = BitwiseOr ({x}_even, {x}_odd_high)
   present_{name} = Concat <axis: int = 2> (past_{name}, {x}_new)
   {x}_low = BitwiseAnd (present_{name}, fifteen)
-  {x}_high = BitShift <direction: string = "RIGHT"> (present_{name}, four)
+  {x}_high_alone = BitwiseAnd (present_{name}, high_bits)
+  {x}_high = BitShift <direction: string = "RIGHT"> ({x}_high_alone, four)
   {x}_low_column = Unsqueeze ({x}_low, last_axis)
   {x}_high_column = Unsqueeze ({x}_high, last_axis)
   {x}_columns = Concat <axis: int = -1> ({x}_low_column, {x}_high_column)

@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..rearranged import TransposedTensor
+from ..spill import kept
+
 _CONTAINERS = {
     (4, True): ir.DataType.INT4,
     (4, False): ir.DataType.UINT4,
@@ -25,13 +28,19 @@ def container(bits: int, *, signed: bool) -> ir.DataType:
 
 
 def integer_tensor(values: npt.NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    """A tensor of ``values`` (any integer array in range) that takes one byte for two 4-bit integers."""
+    """A tensor of ``values`` (any integer array in range) that takes one byte for two 4-bit integers.
+
+    A matrix whose columns are contiguous is stored by columns: turning it costs more than writing it.
+    """
+    if values.flags.f_contiguous and not values.flags.c_contiguous:
+        return TransposedTensor(integer_tensor(values.T, dtype, name), range(values.ndim)[::-1], name)
     if dtype.bitwidth == 8:
-        return ir.Tensor(np.ascontiguousarray(values, dtype=dtype.numpy()), name=name)
-    nibbles = (np.asarray(values).astype(np.int8).view(np.uint8) & 0xF).reshape(-1)
+        return ir.Tensor(kept(np.ascontiguousarray(values, dtype=dtype.numpy())), name=name)
+    nibbles = (values.astype(np.int8, copy=False).view(np.uint8) & 0xF).reshape(-1)
     if nibbles.size % 2:
         nibbles = np.append(nibbles, np.uint8(0))
-    return ir.PackedTensor(nibbles[0::2] | (nibbles[1::2] << 4), dtype, shape=values.shape, name=name)
+    packed = kept(nibbles[0::2] | (nibbles[1::2] << 4))
+    return ir.PackedTensor(packed, dtype, shape=values.shape, name=name)
 
 
 def integer_values(tensor: ir.TensorProtocol) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:

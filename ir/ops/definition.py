@@ -80,15 +80,23 @@ def define(model: ir.Model, definition: OpDefinition) -> None:
 def inline(model: ir.Model) -> int:
     """Replace every planish op of ``model`` by its body, in place; returns how many were replaced.
 
-    Nodes of the bodies inherit the names and the metadata of the ops that they replace. Functions of other
-    domains stay.
+    Nodes of the bodies inherit the names, as the first part of theirs, and the metadata of the ops that they
+    replace. Functions of other domains stay.
     """
-    calls = sum(node.domain == DOMAIN for node in model.graph.all_nodes())
+    calls = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+    for node in calls:
+        node.metadata_props[_CALLER] = node.name or ""
     InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
     model.opset_imports.pop(DOMAIN, None)
     for node in model.graph.all_nodes():
+        if caller := node.metadata_props.pop(_CALLER, None):
+            node.name = f"{caller}.{node.name}"
         _drop_trailing_gaps(node)
-    return calls
+    return len(calls)
+
+
+_CALLER = "planish.caller"
+"""Metadata that only lives while ops are inlined: the name of the op that a node is part of the body of."""
 
 
 def _drop_trailing_gaps(node: ir.Node) -> None:

@@ -19,10 +19,14 @@ import onnx_ir as ir
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ..errors import ModelError
 from ..walk import subgraphs_of
 from .facts import Dimension, Fact, Pin, Relation, Use, label, pin_all
 from .groups import Indices
 from .rules import facts
+
+_LONGEST_AXIS = 2**26
+"""Elements: far above vocabularies and pixels, and what memory is enough for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,8 +51,20 @@ class Dimensions:
 
 
 def relate(model: ir.Model) -> Dimensions:
-    """The dimensions of the model's graph."""
+    """The dimensions of the model's graph.
+
+    Raises:
+        ModelError: its axes are longer than those of any model.
+    """
     graph = _graph(model)
+    sizes = {dimension: graph.nodes[dimension]["size"] for dimension in graph}
+    longest = max(sizes, key=sizes.__getitem__, default=None)
+    if longest is not None and sizes[longest] > _LONGEST_AXIS:
+        name, axis = longest
+        raise ModelError(
+            f"'{name}' has {sizes[longest]} elements along axis {axis}, and no axis can have so many",
+            hint="the file is damaged: export the model again",
+        )
     labels, starts = _components(graph)
     return Dimensions(graph, labels, starts)
 

@@ -98,7 +98,7 @@ class Allocate(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Measure, decide, and write the decision into the nodes' metadata."""
-        samples = self._samples(ctx)
+        samples = self._samples(model, ctx)
         skipped: list[Skipped] = []
         groups = self._groups(model, ctx, skipped)
         for skip in skipped:
@@ -117,14 +117,14 @@ class Allocate(Pass):
         _report(groups, chosen, ctx)
         return PassResult(modified=True, coverage=coverage, statistics=counts)
 
-    def _samples(self, ctx: PassContext) -> list[Feeds]:
+    def _samples(self, model: ir.Model, ctx: PassContext) -> list[Feeds]:
         data = ctx.calibration or ctx.examples
         if not data:
             raise InputError(
                 "allocate: sensitivities are measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )
-        return first_samples(data, self.samples)
+        return first_samples(data, self.samples, model)
 
     def _groups(self, model: ir.Model, ctx: PassContext, skipped: list[Skipped]) -> list[Group]:
         """The layers to decide about with their options, whose losses are not known yet."""

@@ -116,30 +116,11 @@ def only_use(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
-def alias(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    """A second tensor with the same data, for a second initializer; nothing is copied."""
-    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=_shape(tensor), name=name)
-
-
-def transposed(tensor: ir.TensorProtocol, permutation: Sequence[int], name: str) -> ir.LazyTensor:
-    """A tensor that is transposed when it is read: a view of data in memory or in a mapped file."""
-    shape = ir.Shape([_shape(tensor)[axis] for axis in permutation])
-
-    def read() -> ir.TensorProtocol:
-        return ir.Tensor(tensor.numpy().transpose(permutation), dtype=tensor.dtype, name=name)
-
-    return ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
-
-
-def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
-    return ir.Shape(tensor.shape.numpy())
-
-
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
     """Register ``tensor``, owned by no other initializer, under ``name`` or the first free ``name_1``, …"""
     value = ir.Value(
         name=free_name(graph, name),
-        shape=_shape(tensor),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...ir.rearranged import TransposedTensor
 from ..infrastructure.rewriter import Replacement, Rule, missed
 from .graph_edits import (
     add_initializer,
@@ -23,7 +24,6 @@ from .graph_edits import (
     number,
     only_use,
     producer,
-    transposed,
 )
 
 
@@ -68,7 +68,7 @@ def _transposed_weight(weight: ir.Value, tensor: ir.TensorProtocol) -> ir.Value 
         return None
     metadata = dict(weight.metadata_props)
     del graph.initializers[weight.name]
-    folded = add_initializer(graph, transposed(tensor, (1, 0), weight.name), weight.name)
+    folded = add_initializer(graph, TransposedTensor(tensor, (1, 0), weight.name), weight.name)
     folded.metadata_props.update(metadata)
     for use in uses:
         use.node.replace_input_with(1, folded)

@@ -38,8 +38,8 @@ def module_path(node: ir.Node) -> str | None:
     """The dotted path of the module that ``node`` came from (``""`` is the root), else ``None``."""
     scopes = node.metadata_props.get(SCOPES)
     if scopes is not None:
-        path = ast.literal_eval(scopes)
-        return str(path[-2]) if len(path) > 1 else None
+        path = _listed(scopes)
+        return path[-2] if len(path) > 1 else None
     namespace = node.metadata_props.get(NAMESPACE)
     if namespace is not None:
         parts = [part.partition(":")[0].strip() for part in namespace.split("/")]
@@ -47,6 +47,15 @@ def module_path(node: ir.Node) -> str | None:
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.split("/")[1:-1])
     return None
+
+
+def _listed(text: str) -> list[str]:
+    """The strings of a list as Python writes it; none if it is damaged: a path is only a name."""
+    try:
+        items = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [str(item) for item in items] if isinstance(items, list) else []
 
 
 def parameters(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, str]]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph_edits import add_initializer, alias, constant_tensor
+from ...ir.rearranged import alias
+from .graph_edits import add_initializer, constant_tensor
 from .module_paths import module_path, parameters
 
 TIED = "planish.tied"

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...ir.rearranged import TransposedTensor
 from ...ir.walk import graphs
-from .graph_edits import add_initializer, constant_tensor, is_op, retire, sweep, transposed
+from .graph_edits import add_initializer, constant_tensor, is_op, retire, sweep
 from .module_paths import module_path
 
 TIED_TO = "planish.tied_to"
@@ -67,7 +68,7 @@ def _fold(graph: ir.Graph, weight: ir.Value, tensor: ir.TensorProtocol, permutat
     readers = [use.node for use in weight.uses()]
     metadata = dict(weight.metadata_props)
     del graph.initializers[weight.name]
-    folded = add_initializer(graph, transposed(tensor, permutation, weight.name), weight.name)
+    folded = add_initializer(graph, TransposedTensor(tensor, permutation, weight.name), weight.name)
     folded.metadata_props.update(metadata)
     for reader in readers:
         reader.outputs[0].replace_all_uses_with(folded)
@@ -79,7 +80,7 @@ def _give_own_copy(node: ir.Node, tensor: ir.TensorProtocol, permutation: tuple[
     users = [use.node for use in node.outputs[0].uses()]
     path = module_path(users[0]) if users else None
     name = f"{path}.weight" if path else str(node.outputs[0].name)
-    own = add_initializer(node.graph, transposed(tensor, permutation, name), name)
+    own = add_initializer(node.graph, TransposedTensor(tensor, permutation, name), name)
     node.outputs[0].replace_all_uses_with(own)
     retire(node)
 

@@ -113,7 +113,7 @@ class TrainingPass(Pass):
             training=self._training(),
             seed=int(ctx.rng.integers(2**32)),
             hook=hook,
-            folder=ctx.state_folder(),
+            folder=ctx.work(model).folder,
             progress=lambda steps, description: ctx.progress(steps, f"{self.name}: {description}"),
         )
         if (self.hidden or self.squarehead) and not trained.states:
@@ -138,14 +138,12 @@ def reason_not_asked_for(weight: Weight, targets: Sequence[str], ignore: Sequenc
 
 
 def report(trained: Trained) -> str:
-    """The losses before and after, and what a step took, as one line."""
+    """The losses before and after as one line. Not what a step took: the same run says the same."""
     text = f"held-out loss {_listed(trained.before)} before training, {_listed(trained.after)} after"
     if trained.states:
         text += f"; {len(trained.states)} hidden states compared"
     if trained.resumed_at:
         text += f"; went on from step {trained.resumed_at}"
-    if trained.seconds_per_step is not None:
-        text += f"; {trained.seconds_per_step:.3g} s per step"
     return text
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.derived import DerivedTensor
 from ..canonicalize.graph_edits import constant, constant_tensor, only_use, producer, rank
 from ..infrastructure.rewriter import Replacement, Rule, missed
 from .merge_linears import Branch, find_branch
@@ -72,7 +73,7 @@ def _factor(value: ir.Value, linear: Branch) -> Array | None:
     return factor if bool(np.isfinite(factor).all()) else None
 
 
-def _scaled(tensor: ir.TensorProtocol, factor: Array) -> ir.LazyTensor:
+def _scaled(tensor: ir.TensorProtocol, factor: Array) -> ir.TensorProtocol:
     """The tensor times ``factor`` along its last axis, computed each time it is read."""
     dtype = tensor.dtype
 
@@ -80,4 +81,4 @@ def _scaled(tensor: ir.TensorProtocol, factor: Array) -> ir.LazyTensor:
         product = tensor.numpy().astype(np.float64) * factor
         return ir.Tensor(product.astype(dtype.numpy()), dtype=dtype)
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()))
+    return DerivedTensor(read, [tensor], dtype=dtype, shape=[int(size) for size in tensor.shape.numpy()])

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.rearranged import concatenated
 from ..canonicalize.graph_edits import is_op
 from ..infrastructure.rewriter import Replacement, Rule, missed
 
@@ -175,18 +176,6 @@ def _merged_bias(branches: Sequence[Branch]) -> ir.TensorProtocol:
         for branch in branches
     ]
     return concatenated(parts, axis=0)
-
-
-def concatenated(parts: Sequence[ir.TensorProtocol], axis: int) -> ir.LazyTensor:
-    """The tensors one after the other along ``axis``, put together each time they are read."""
-    shape = [int(size) for size in parts[0].shape.numpy()]
-    shape[axis] = sum(int(part.shape.numpy()[axis]) for part in parts)
-    dtype = parts[0].dtype
-
-    def read() -> ir.TensorProtocol:
-        return ir.Tensor(np.concatenate([part.numpy() for part in parts], axis=axis), dtype=dtype)
-
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape))
 
 
 def merged_name(names: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from ...codegen.target import Target
 from ...ir.errors import InputError, PassError
 from ...runtime.calibration import ActivationStream
+from ...runtime.work_cache import FORGOTTEN, Work
 
 T = TypeVar("T")
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -81,6 +81,19 @@ class Coverage:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerErrors:
+    """What a pass that approximates weights did to one layer.
+
+    Attributes:
+        weight: ‖W − Ŵ‖ / ‖W‖.
+        output: ‖X(W − Ŵ)‖ / ‖XW‖ on the calibration data; None without.
+    """
+
+    weight: float
+    output: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassResult:
     """What a pass did.
@@ -89,6 +102,7 @@ class PassResult:
         modified: the model is not what it was.
         coverage: what was covered of what was looked at.
         statistics: counts of rewrites by rule name.
+        layers: errors by the names of the layers, for passes that approximate weights.
         redefined_outputs: graph outputs that a pass gives in another form on purpose, or no longer gives:
             the rotated keys of a cache, or those of a dropped layer. A cache that was filled before does not
             fit any more.
@@ -99,6 +113,7 @@ class PassResult:
     modified: bool
     coverage: Coverage | None = None
     statistics: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, LayerErrors] = dataclasses.field(default_factory=dict)
     redefined_outputs: frozenset[str] = frozenset()
     alternatives: Mapping[str, ir.Model] = dataclasses.field(default_factory=dict)
 
@@ -134,7 +149,7 @@ class PassContext:
         calibration: Iterable[Feeds] = (),
         training: Sequence[Feeds] = (),
         original: ir.Model | None = None,
-        state: Callable[[], Path] | None = None,
+        open_work: Callable[[ir.Model], Work] | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
         self.target = target
@@ -142,7 +157,8 @@ class PassContext:
         self.calibration = calibration if isinstance(calibration, Sequence) else tuple(calibration)
         self.training = training or self.calibration
         self._original = original
-        self._state = state
+        self._open_work = open_work
+        self._work: Work | None = None
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
         self.on_progress: ProgressHook | None = None
@@ -162,13 +178,15 @@ class PassContext:
             raise PassError("no original was kept: the pass does not say that it uses it")
         return self._original
 
-    def state_folder(self) -> Path:
-        """Where a resumed run of this pass finds what was done; gone afterwards if no folder was named."""
-        if self._state is None:
-            raise PassError("no folder was given to keep state in")
-        folder = self._state()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def work(self, model: ir.Model) -> Work:
+        """What is kept of this pass's long work on a model, for a run that goes on after it was killed.
+
+        Args:
+            model: not rewritten yet; the first call decides.
+        """
+        if self._work is None:
+            self._work = FORGOTTEN if self._open_work is None else self._open_work(model)
+        return self._work
 
     def activation_stream(self, model: ir.Model, *, releases_weights: bool = False) -> ActivationStream:
         """The calibration data at the beginning of ``model``, to be moved on block by block.

@@ -1,13 +1,13 @@
-"""Find the pass that breaks a model by binary search over the number of passes that run.
+"""Find the pass that breaks a model, then the layer, then the rewrite, by binary search.
 
 In the manner of LLVM's OptBisect: the pipeline runs from the start with a limit on its pass invocations
-(`BisectLimit`), and the smallest limit at which the check fails names the pass. Inside that pass the same
-search goes on over its rewrites, if they go through the rewriting driver.
+(`BisectLimit`), and the smallest limit at which the check fails names the pass. The same search goes on
+inside that pass: over the layers that it may touch, if it can be told which, and over its rewrites, if they
+go through the rewriting driver.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import sys
@@ -19,17 +19,17 @@ import onnx_ir as ir
 from ...codegen.target import Target
 from ...ir import clone
 from ...ir.errors import InputError, PlanishError
+from ...ir.outline import outline
 from ...runtime.example_inputs import example_inputs
-from ...runtime.reference import run_model
+from ...runtime.localize import first_difference, nearest_layer
 from .base import Contract, Feeds, Pass, PassResult
+from .bisect_judges import Check, Judge, judge_of
+from .bisect_layers import layers_of, without_layers
 from .driver import run_pipeline
 from .facts import facts_of
 from .instruments import BisectLimit, ContractBrokenError, ContractCheck, Instrument, Invocation
-from .instruments.contract import Outputs, broken_output, no_longer_finite
 from .pipeline import Pipeline
 from .rewrite_limit import Rewrite, RewriteLimit, limit_rewrites
-
-Check = Callable[[ir.Model], bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,10 @@ class BisectResult:
         culprit: the first pass after which the check fails; None if it never does.
         position: its place in the pipeline, from 0; -1 without a culprit.
         reason: what is wrong after it, in one line.
+        error: class of the error that the culprit raised, and of its cause; empty if it did not raise.
         violation: the broken contract, with its layer and first differing tensor, where that is what broke.
+        layer: where in the model it happens: the layer whose turn makes the check fail when the culprit takes
+            one after the other, else that of the rewrite or of the first differing tensor; empty if unknown.
         rewrite: the rewrite inside the pass that does it, where the pass rewrites by rules.
         runs: how often the pipeline, or a part of it, was run.
     """
@@ -48,7 +51,9 @@ class BisectResult:
     culprit: Pass | None
     position: int = -1
     reason: str = ""
+    error: tuple[type[BaseException], ...] = ()
     violation: ContractBrokenError | None = None
+    layer: str = ""
     rewrite: Rewrite | None = None
     runs: int = 0
 
@@ -90,18 +95,18 @@ def bisect(
     pipeline.check_legal(facts_of(model))
     examples = tuple(examples) or (() if check else (example_inputs(model),))
     arguments = {"target": target, "examples": examples, "calibration": tuple(calibration), "seed": seed}
-    search = _Search(model, pipeline, arguments, _judge(model, pipeline, examples, check, tolerance), write)
-    if search.reason(0) is not None:
+    search = _Search(model, pipeline, arguments, judge_of(model, pipeline, examples, check, tolerance), write)
+    if search.failure(0) is not None:
         raise InputError("the check fails on the input model already, before any pass has run")
     by_contract = check is None and tolerance is None
-    if search.reason(len(pipeline)) is None:
+    if search.failure(len(pipeline)) is None:
         # Errors that each stay below what a whole stretch of passes is allowed only show pass by pass.
         return search.step_by_step() if by_contract else BisectResult(culprit=None, runs=search.runs)
-    limit = _first(lambda count: search.reason(count) is not None, len(pipeline))
+    limit = first_bad(lambda count: search.failure(count) is not None, len(pipeline))
     return search.explain(limit, by_contract=by_contract)
 
 
-def _first(is_bad: Callable[[int], bool], high: int) -> int:
+def first_bad(is_bad: Callable[[int], bool], high: int) -> int:
     """The smallest n that is bad, by binary search, given that 0 is good and ``high`` is bad."""
     low = 0
     while high - low > 1:
@@ -110,94 +115,18 @@ def _first(is_bad: Callable[[int], bool], high: int) -> int:
     return high
 
 
-class _Judge(abc.ABC):
-    """Says what is wrong with a model after so many passes."""
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What is wrong with a model, in one line, and the kind of error if a pass raised one."""
 
-    boundaries: tuple[int, ...] = ()
-    """Numbers of passes at which the model is judged too, on the way to any larger number."""
+    reason: str
+    kind: tuple[type[BaseException], ...] = ()
 
-    @abc.abstractmethod
-    def reason(self, count: int, model: ir.Model) -> str | None:
-        """What is wrong with ``model`` after ``count`` passes; None if nothing is."""
-
-
-class _CheckJudge(_Judge):
-    """The user's own check."""
-
-    def __init__(self, check: Check) -> None:
-        self._check = check
-
-    def reason(self, count: int, model: ir.Model) -> str | None:
-        return None if self._check(model) else "the check fails"
-
-
-class _ToleranceJudge(_Judge):
-    """Every output stays within a tolerance of the input model's."""
-
-    def __init__(self, model: ir.Model, examples: Sequence[Feeds], tolerance: float) -> None:
-        self._examples = examples
-        self._reference = [run_model(model, feeds) for feeds in examples]
-        self._tolerance = tolerance
-
-    def reason(self, count: int, model: ir.Model) -> str | None:
-        outputs = [run_model(model, feeds) for feeds in self._examples]
-        return _disagreement(outputs, self._reference, self._tolerance)
-
-
-class _ContractJudge(_Judge):
-    """Between approximate passes the outputs move no further than the exact ones may together."""
-
-    def __init__(self, pipeline: Pipeline, examples: Sequence[Feeds]) -> None:
-        self._passes = pipeline.passes
-        self._examples = examples
-        self._outputs: dict[int, Sequence[Outputs]] = {}
-        approximate = [
-            index for index, pass_ in enumerate(pipeline) if pass_.contract is Contract.APPROXIMATE
-        ]
-        self.boundaries = tuple(sorted({0, *approximate, *(index + 1 for index in approximate)}))
-
-    def reason(self, count: int, model: ir.Model) -> str | None:
-        outputs = [run_model(model, feeds) for feeds in self._examples]
-        if count in self.boundaries:
-            self._outputs.setdefault(count, outputs)
-        if count == 0:
-            return None
-        start = max(boundary for boundary in self.boundaries if boundary < count)
-        stretch = self._passes[start:count]
-        if stretch[0].contract is Contract.APPROXIMATE:
-            return _not_finite(outputs, self._outputs[start])
-        # The triangle inequality: each pass may move the outputs by its own tolerance.
-        return _disagreement(outputs, self._outputs[start], sum(pass_.tolerance for pass_ in stretch))
-
-
-def _judge(
-    model: ir.Model,
-    pipeline: Pipeline,
-    examples: Sequence[Feeds],
-    check: Check | None,
-    tolerance: float | None,
-) -> _Judge:
-    if check is not None:
-        return _CheckJudge(check)
-    if tolerance is not None:
-        return _ToleranceJudge(model, examples, tolerance)
-    return _ContractJudge(pipeline, examples)
-
-
-def _disagreement(outputs: Sequence[Outputs], reference: Sequence[Outputs], tolerance: float) -> str | None:
-    for found, expected in zip(outputs, reference, strict=True):
-        broken = broken_output(found, expected, tolerance)
-        if broken is not None:
-            return f"output {broken.name!r} differs {broken.detail}"
-    return None
-
-
-def _not_finite(outputs: Sequence[Outputs], reference: Sequence[Outputs]) -> str | None:
-    for found, expected in zip(outputs, reference, strict=True):
-        broken = no_longer_finite(found, expected)
-        if broken is not None:
-            return f"output {broken.name!r} differs {broken.detail}"
-    return None
+    @classmethod
+    def of(cls, error: PlanishError) -> Failure:
+        """A pass raised: errors are alike if they, and what caused them, are of one class."""
+        causes = (error, error.__cause__)
+        return cls(str(error), tuple(type(cause) for cause in causes if cause is not None))
 
 
 class _Search:
@@ -208,7 +137,7 @@ class _Search:
         model: ir.Model,
         pipeline: Pipeline,
         arguments: Mapping[str, Any],
-        judge: _Judge,
+        judge: Judge,
         write: Callable[[str], object] | None,
     ) -> None:
         self.runs = 0
@@ -217,35 +146,46 @@ class _Search:
         self._arguments = arguments
         self._judge = judge
         self._write = write
-        self._reasons: dict[int, str | None] = {}
+        self._failures: dict[int, Failure | None] = {}
 
-    def reason(self, count: int) -> str | None:
+    def failure(self, count: int) -> Failure | None:
         """What is wrong after the first ``count`` passes, here or at a boundary before."""
         for boundary in self._judge.boundaries:
-            if boundary < count and (found := self._own_reason(boundary)) is not None:
+            if boundary < count and (found := self._own_failure(boundary)) is not None:
                 return found
-        return self._own_reason(count)
+        return self._own_failure(count)
 
-    def _own_reason(self, count: int) -> str | None:
-        if count not in self._reasons:
-            self._reasons[count] = self._run_and_judge(count)
-            if self._write is not None:
-                verdict = self._reasons[count] or "good"
-                self._write(f"first {count} of {len(self._pipeline)} passes: {verdict}")
-        return self._reasons[count]
+    def _own_failure(self, count: int) -> Failure | None:
+        if count not in self._failures:
+            found = self._run_and_judge(count)
+            self._failures[count] = found
+            self._say(f"first {count} of {len(self._pipeline)} passes", found)
+        return self._failures[count]
 
-    def _run_and_judge(self, count: int, *instruments: Instrument) -> str | None:
+    def _say(self, what: str, found: Failure | None) -> None:
+        if self._write is not None:
+            self._write(f"{what}: {'good' if found is None else found.reason}")
+
+    def _run_and_judge(
+        self, count: int, *instruments: Instrument, pipeline: Pipeline | None = None
+    ) -> Failure | None:
         try:
-            model = self._run(count, *instruments)
+            model = self._run(count, *instruments, pipeline=pipeline)
         except PlanishError as error:
-            return str(error)
-        return self._judge.reason(count, model)
+            return Failure.of(error)
+        reason = self._judge.reason(count, model)
+        return None if reason is None else Failure(reason)
 
-    def _run(self, count: int, *instruments: Instrument) -> ir.Model:
-        """A copy of the model after the first ``count`` passes."""
+    def _run(self, count: int, *instruments: Instrument, pipeline: Pipeline | None = None) -> ir.Model:
+        """A copy of the model after the first ``count`` passes, of another pipeline if one is given."""
         self.runs += 1
         model = clone(self._model)
-        run_pipeline(model, self._pipeline, instruments=(BisectLimit(count), *instruments), **self._arguments)
+        run_pipeline(
+            model,
+            pipeline or self._pipeline,
+            instruments=(BisectLimit(count), *instruments),
+            **self._arguments,
+        )
         return model
 
     def explain(self, count: int, *, by_contract: bool) -> BisectResult:
@@ -257,12 +197,17 @@ class _Search:
             with contextlib.suppress(PlanishError):  # that it fails is known; why is in the violation
                 self._run(count, _OnlyAt(position, contract))
             violation = contract.violation
+        rewrite, layer = self._culprit_rewrite(count)
+        failure = self.failure(count)
+        assert failure is not None
         return BisectResult(
             culprit=self._pipeline.passes[position],
             position=position,
-            reason=violation.message if violation else self.reason(count) or "",
+            reason=violation.message if violation else failure.reason,
+            error=failure.kind,
             violation=violation,
-            rewrite=self._culprit_rewrite(count),
+            layer=self._culprit_layer(count, failure) or layer or self._differing_layer(count, violation),
+            rewrite=rewrite,
             runs=self.runs,
         )
 
@@ -277,26 +222,68 @@ class _Search:
                 position=failure.position,
                 reason=violation.message,
                 violation=violation,
+                layer=violation.first.layer if violation.first else "",
                 rewrite=None,
                 runs=self.runs,
             )
         return BisectResult(culprit=None, runs=self.runs)
 
-    def _culprit_rewrite(self, count: int) -> Rewrite | None:
-        """The first rewrite of the culprit pass that breaks the model; None if its rules do not."""
+    def _culprit_layer(self, count: int, failure: Failure) -> str:
+        """The layer that breaks the model as soon as the culprit may touch it, after those before it."""
+        passes = self._pipeline.passes
+        culprit = passes[count - 1]
+        if without_layers(culprit, ()) is None:
+            return ""
+        names = layers_of(culprit, outline(self._run(count - 1)))
+
+        def is_bad(touched: int) -> bool:
+            limited = without_layers(culprit, names[touched:])
+            pipeline = Pipeline((*passes[: count - 1], limited or culprit, *passes[count:]))
+            found = self._run_and_judge(count, pipeline=pipeline)
+            is_same = found is not None and found.kind == failure.kind
+            self._say(
+                f"{culprit.name} on the first {touched} of {len(names)} layers", found if is_same else None
+            )
+            return is_same
+
+        if not names or is_bad(0):
+            return ""  # what is wrong is none of the layers
+        return names[first_bad(is_bad, len(names)) - 1]
+
+    def _differing_layer(self, count: int, violation: ContractBrokenError | None) -> str:
+        """The layer of the first tensor that an exact pass changes."""
+        if violation is not None:
+            return violation.first.layer if violation.first else ""
+        culprit = self._pipeline.passes[count - 1]
+        if culprit.contract is Contract.APPROXIMATE or not self._arguments["examples"]:
+            return ""
+        feeds = self._arguments["examples"][0]
+        with contextlib.suppress(PlanishError):  # it raised, or what it left cannot be run
+            before, after = self._run(count - 1), self._run(count)
+            found = first_difference(before, after, feeds, tolerance=culprit.tolerance)
+            return found.layer if found else ""
+        return ""
+
+    def _culprit_rewrite(self, count: int) -> tuple[Rewrite | None, str]:
+        """The first rewrite of the culprit that breaks the model, and its layer; None if no rule does."""
 
         def is_bad(rewrites: int) -> bool:
             probe = _LimitRewritesAt(count - 1, rewrites)
-            reason = self._run_and_judge(count, probe)
+            found = self._run_and_judge(count, probe)
             probes[rewrites] = probe
-            return reason is not None
+            return found is not None
 
         probes: dict[int, _LimitRewritesAt] = {}
         if is_bad(0) or not is_bad(sys.maxsize):
-            return None
+            return None, ""
         total = probes[sys.maxsize].count
-        first = _first(is_bad, total) if total else 0
-        return probes[first].last if first in probes else probes[sys.maxsize].last
+        first = first_bad(is_bad, total) if total else 0
+        rewrite = (probes.get(first) or probes[sys.maxsize]).last
+        if rewrite is None:
+            return None, ""
+        before = self._run(count, _LimitRewritesAt(count - 1, first - 1))
+        roots = [node for node in before.graph.all_nodes() if node.name == rewrite.node]
+        return rewrite, nearest_layer(roots)
 
 
 class _OnlyAt(Instrument):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ...codegen.target import Target
 from ...ir import clone
+from ...ir.content_hash import graph_hash
 from ...ir.errors import NothingCoveredError, PassError, PlanishError
 from ...runtime.calibration import CalibrationData
 from ...runtime.calibration.data import fitted
+from ...runtime.work_cache import Work, WorkCache, without_cache, work_key
 from .base import Contract, Feeds, Pass, PassContext, PassResult, ProgressHook
 from .facts import facts_after, facts_of, set_facts
 from .instruments import Instrument, Invocation, TimeAndMemory, peak_memory_bytes
@@ -34,7 +34,7 @@ def run_pipeline(
     calibration: Iterable[Feeds] = (),
     training: Sequence[Feeds] = (),
     seed: int = 0,
-    state: Path | None = None,
+    cache: WorkCache | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> PipelineReport:
     """Run the passes of a pipeline on a model, in place and in order.
@@ -50,7 +50,7 @@ def run_pipeline(
         calibration: further inputs, streamed; an iterator is read once and kept.
         training: inputs for passes that train, with ``labels`` if there are any; else the calibration data.
         seed: seeds every pass together with its name, so that adding a pass leaves the others' randomness.
-        state: folder where long passes keep what an interrupted run goes on from; a temporary one if absent.
+        cache: where long passes keep what a run that was killed goes on from; nothing is kept if absent.
         instruments: run around every pass; the first is the outermost.
 
     Raises:
@@ -62,17 +62,15 @@ def run_pipeline(
     pipeline.check_legal(facts_of(model))
     if not isinstance(calibration, Sequence):
         calibration = tuple(calibration)
-    with contextlib.ExitStack() as stack:
-        folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planish-")))
-        run = _Run(
-            pipeline=pipeline,
-            target=target,
-            inputs=_Inputs(examples, calibration, training),
-            seed=seed,
-            state=folder,
-            instruments=(*instruments, TimeAndMemory()),
-        )
-        return run.finish(model)
+    run = _Run(
+        pipeline=pipeline,
+        target=target,
+        inputs=_Inputs(examples, calibration, training),
+        seed=seed,
+        cache=cache,
+        instruments=(*instruments, TimeAndMemory()),
+    )
+    return run.finish(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +101,7 @@ class _Run:
     target: Target
     inputs: _Inputs
     seed: int
-    state: Path
+    cache: WorkCache | None
     instruments: Sequence[Instrument]
     original: ir.Model | None = None
     position: int = 0
@@ -145,26 +143,37 @@ class _Run:
         """Run one pass unless an instrument is against it; gives the alternatives."""
         run, names = self.runs_of[pass_.name], _input_types(model)
         self.runs_of[pass_.name] += 1
-        context = PassContext(
-            target=self.target,
-            examples=self.inputs.examples,
-            calibration=self.inputs.calibration,
-            training=self.inputs.training,
-            original=self.original,
-            state=lambda: self.state / f"{pass_.name}-{run}",
-            seed=(self.seed, zlib.crc32(pass_.name.encode()), run),
-        )
-        invocation = Invocation(pass_, self.position, self.pipeline, context, self.seed)
-        context.on_progress = _progress_hook(invocation, self.instruments)
-        # Every instrument is asked, so that one that counts invocations sees them all.
-        votes = [instrument.should_run(invocation, model) for instrument in self.instruments]
-        if not all(votes):
-            return {}
-        report, result = _run_pass(invocation, model, self.instruments)
+        with contextlib.ExitStack() as stack:
+            context = PassContext(
+                target=self.target,
+                examples=self.inputs.examples,
+                calibration=self.inputs.calibration,
+                training=self.inputs.training,
+                original=self.original,
+                open_work=lambda given: stack.enter_context(self._work(pass_, run, given)),
+                seed=(self.seed, zlib.crc32(pass_.name.encode()), run),
+            )
+            invocation = Invocation(pass_, self.position, self.pipeline, context, self.seed)
+            context.on_progress = _progress_hook(invocation, self.instruments)
+            # Every instrument is asked, so that one that counts invocations sees them all.
+            votes = [instrument.should_run(invocation, model) for instrument in self.instruments]
+            if not all(votes):
+                return {}
+            report, result = _run_pass(invocation, model, self.instruments)
         self.reports += (report,)
         if _input_types(model) != names:
             self.inputs = self.inputs.fitted(model)
         return result.alternatives
+
+    def _work(self, pass_: Pass, run: int, model: ir.Model) -> contextlib.AbstractContextManager[Work]:
+        """What is kept of a pass on a model: the n-th of its name, with this data and seed."""
+        if self.cache is None:
+            return without_cache()
+        data = (self.inputs.examples, self.inputs.calibration, self.inputs.training)
+        original = self.original if pass_.uses_original else None
+        key = work_key(model, data, self.seed, run, original and graph_hash(original))
+        about = {"pass": pass_.name, "pipeline": str(self.pipeline), "model": str(model.graph.name)}
+        return self.cache.opened(pass_.name, key, about)
 
 
 def _input_types(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
@@ -207,11 +216,14 @@ def _run_pass(
         remarks=tuple(invocation.context.remarks),
         seconds=invocation.seconds,
         peak_memory_growth=invocation.peak_memory_growth,
+        latency_ms_before=invocation.latency_ms_before,
+        latency_ms_after=invocation.latency_ms_after,
         nodes_before=nodes_before,
         nodes_after=nodes_after,
         weight_bytes_before=bytes_before,
         weight_bytes_after=bytes_after,
         errors=invocation.errors,
+        layers=dict(result.layers),
     )
     return report, result
 

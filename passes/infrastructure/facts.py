@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from ...ir.errors import PipelineError
+from ...ir.errors import ModelError, PipelineError
 from . import registry
 from .base import Fact, Pass
 from .options import format_pass
@@ -15,11 +15,22 @@ _KEY = "planish.facts"
 
 
 def facts_of(model: ir.Model) -> frozenset[Fact]:
-    """The facts that passes have established of this model so far, or that `write_facts` left in its file."""
+    """The facts that passes have established of this model so far, or that `write_facts` left in its file.
+
+    Raises:
+        ModelError: the file says something else there.
+    """
     if _KEY in model.meta:
         facts: frozenset[Fact] = model.meta[_KEY]
         return facts
-    return frozenset(Fact(word) for word in model.metadata_props.get(_KEY, "").split())
+    words = model.metadata_props.get(_KEY, "").split()
+    unknown = sorted(set(words) - {fact.value for fact in Fact})
+    if unknown:
+        raise ModelError(
+            f"metadata {_KEY!r}: expected facts that passes establish, found {unknown[0]!r}",
+            hint="the file is damaged: compile the model again from its source",
+        )
+    return frozenset(Fact(word) for word in words)
 
 
 def set_facts(model: ir.Model, facts: Iterable[Fact]) -> None:

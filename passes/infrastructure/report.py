@@ -16,8 +16,11 @@ from rich.table import Table
 
 from ...ir.printer import format_bytes
 from ...runtime.measure import Difference
-from .base import Coverage, Remark
+from .base import Coverage, LayerErrors, Remark
 from .options import plain_value
+
+_COSTS = frozenset({"seconds", "peak_memory_growth", "latency_ms_before", "latency_ms_after"})
+"""What differs from run to run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +36,15 @@ class PassReport:
         remarks: what it said about nodes and weights.
         seconds: wall time of the pass alone, without instruments.
         peak_memory_growth: by how many bytes it raised the process's peak memory; None where not known.
+        latency_ms_before: what a call took before the pass, in milliseconds; None unless it was measured. To
+            be compared with the one after, and not with those of other passes.
+        latency_ms_after: the same after the pass.
         nodes_before: nodes of the graph and its subgraphs.
         nodes_after: the same after the pass.
         weight_bytes_before: size of all weights, in bytes, packed types as they are packed.
         weight_bytes_after: the same after the pass.
         errors: by output, how far the outputs are from those before the pass; empty without a contract check.
+        layers: errors by layer, of passes that approximate weights.
     """
 
     name: str
@@ -48,11 +55,14 @@ class PassReport:
     remarks: tuple[Remark, ...]
     seconds: float
     peak_memory_growth: int | None
+    latency_ms_before: float | None
+    latency_ms_after: float | None
     nodes_before: int
     nodes_after: int
     weight_bytes_before: int
     weight_bytes_after: int
     errors: Mapping[str, Difference]
+    layers: Mapping[str, LayerErrors]
 
     def as_dict(self, *, costs: bool = True) -> dict[str, Any]:
         """JSON-serialisable form; numbers that JSON lacks (infinities) become null.
@@ -60,9 +70,9 @@ class PassReport:
         Args:
             costs: with time and memory, which differ from run to run.
         """
-        left_out = {"coverage", "remarks", "errors", "options", "statistics"}
+        left_out = {"coverage", "remarks", "errors", "layers", "options", "statistics"}
         if not costs:
-            left_out |= {"seconds", "peak_memory_growth"}
+            left_out |= _COSTS
         data = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -72,7 +82,8 @@ class PassReport:
         data["statistics"] = {name: count for name, count in self.statistics.items() if count}
         data["coverage"] = _coverage_dict(self.coverage)
         data["remarks"] = [dataclasses.asdict(remark) for remark in self.remarks]
-        data["errors"] = {name: _finite(dataclasses.asdict(error)) for name, error in self.errors.items()}
+        for key, found in (("errors", self.errors), ("layers", self.layers)):
+            data[key] = {name: _finite(dataclasses.asdict(error)) for name, error in found.items()}
         return data
 
     @property
@@ -134,24 +145,29 @@ class PipelineReport:
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def table(self) -> Table:
-        """The report as a rich table: one row for each pass."""
+        """The report as a rich table: one row for each pass; columns that were not measured are left out."""
         rows = [_row(report) for report in self.passes]
-        # Without a contract check nothing was measured, and the last two columns stay away.
-        shown = len(_HEADINGS) if any(report.errors for report in self.passes) else len(_HEADINGS) - 2
         table = Table(
             title=f"Pipeline for {self.target}",
             title_justify="left",
             box=box.SIMPLE,
             pad_edge=False,
-            caption=None if self.peak_memory is None else f"peak memory {format_bytes(self.peak_memory)}",
+            caption=self._caption(),
             caption_justify="left",
         )
-        for heading in _HEADINGS[:shown]:
+        shown = [heading for heading in _HEADINGS if heading in _ALWAYS or any(row[heading] for row in rows)]
+        for heading in shown:
             is_text = heading in ("pass", "did")
             table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "did")
         for row in rows:
-            table.add_row(*row[:shown])
+            table.add_row(*(row[heading] for heading in shown))
         return table
+
+    def _caption(self) -> str | None:
+        """The totals; a pass's memory is what it added to the peak of the passes before it."""
+        if self.peak_memory is None:
+            return None
+        return f"{self.seconds:.1f} s in all, peak memory {format_bytes(self.peak_memory)}"
 
     def __rich__(self) -> Table:
         return self.table()
@@ -167,20 +183,29 @@ _TEXT_WIDTH = 110
 """Characters of a line where the report is printed as plain text."""
 
 
-_HEADINGS = ("pass", "did", "nodes", "weights", "s", "error", "cosine")
+_HEADINGS = ("pass", "did", "nodes", "weights", "latency", "error", "cosine", "s", "memory")
+_ALWAYS = _HEADINGS[:4]
 
 
-def _row(report: PassReport) -> tuple[str, ...]:
+def _row(report: PassReport) -> dict[str, str]:
     worst = report.worst_error
-    return (
-        report.name,
-        _summary(report),
-        _change(str(report.nodes_before), str(report.nodes_after)),
-        _change(format_bytes(report.weight_bytes_before), format_bytes(report.weight_bytes_after)),
-        f"{report.seconds:.2f}",
-        "" if worst is None else f"{worst.max_relative:.0e}",
-        "" if worst is None else f"{worst.cosine_min:.5f}",
-    )
+    return {
+        "pass": report.name,
+        "did": _summary(report),
+        "nodes": _change(str(report.nodes_before), str(report.nodes_after)),
+        "weights": _change(format_bytes(report.weight_bytes_before), format_bytes(report.weight_bytes_after)),
+        "latency": _latency(report),
+        "error": "" if worst is None else f"{worst.max_relative:.0e}",
+        "cosine": "" if worst is None else f"{worst.cosine_min:.5f}",
+        "s": f"{report.seconds:.2f}",
+        "memory": f"+{format_bytes(report.peak_memory_growth)}" if report.peak_memory_growth else "",
+    }
+
+
+def _latency(report: PassReport) -> str:
+    if report.latency_ms_before is None or report.latency_ms_after is None:
+        return ""
+    return _change(f"{report.latency_ms_before:.3g} ms", f"{report.latency_ms_after:.3g} ms")
 
 
 def _summary(report: PassReport) -> str:

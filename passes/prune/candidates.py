@@ -135,6 +135,6 @@ class Candidates:
         return [self._database.choice(group, count) for group, count in pruned]
 
 
-def fitness_samples(ctx: PassContext, count: int) -> list[Feeds]:
+def fitness_samples(model: ir.Model, ctx: PassContext, count: int) -> list[Feeds]:
     """The first samples of the calibration data, or of the examples."""
-    return first_samples(ctx.calibration or ctx.examples, count)
+    return first_samples(ctx.calibration or ctx.examples, count, model)

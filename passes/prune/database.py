@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ...ir.content_hash import content_hash
+from ...ir.files import making
 from ...ir.structure import ChannelGroup, Choice, Structure
 from ...runtime.calibration import ActivationStream
 from ..infrastructure.base import Feeds, PassContext
@@ -174,8 +174,11 @@ class _Job:
         """Whether the file is there, complete and of the same origin."""
         if not self.path.is_file():
             return False
-        with safe_open(self.path, "numpy") as file:
-            return bool((file.metadata() or {}).get("key") == self.key)
+        try:
+            with safe_open(self.path, "numpy") as file:
+                return bool((file.metadata() or {}).get("key") == self.key)
+        except SafetensorError:
+            return False
 
     def write(self, outcome: Outcome) -> None:
         """Write the file under another name, and give it its own when it is complete."""
@@ -189,9 +192,8 @@ class _Job:
             "errors": json.dumps({snapshot.kept: snapshot.error for snapshot in outcome.snapshots}),
             "remarks": json.dumps([*self.remarks, *outcome.remarks]),
         }
-        partial = self.path.with_suffix(".partial")
-        save_file(arrays, partial, about)
-        os.replace(partial, self.path)
+        with making(self.path) as (partial,):
+            save_file(arrays, partial, about)
 
     def entry(self, ctx: PassContext) -> _Entry:
         """The levels from the file; what was remarked when they were computed is said again."""

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ...ir import clone
 from ...ir.errors import InputError
 from ...ir.structure import ResidualModule, drop
+from ...ir.walk import all_values
 
 _LAYER_NUMBER = re.compile(r"(.*?\.)?\d+(?=\.|$)")
 """A module path up to its first number, such as ``model.layers.3``."""
@@ -25,17 +26,15 @@ class DepthUnit:
         modules: in the order of the graph.
         layer: which layer they belong to, from 0.
         weights: how many numbers only they read.
+        spans: names of the values of the stream before and after. Several of them, where something between
+            the modules gives the stream another shape.
     """
 
     name: str
     modules: tuple[ResidualModule, ...]
     layer: int
     weights: int
-
-    @property
-    def span(self) -> tuple[str, str]:
-        """Names of the values of the stream before and after."""
-        return self.modules[0].input, self.modules[-1].output
+    spans: tuple[tuple[str, str], ...]
 
 
 def layers_of(modules: Sequence[ResidualModule]) -> list[list[ResidualModule]]:
@@ -78,8 +77,22 @@ def depth_units(
         for group in [left] if by_layer and left else [[module] for module in left]:
             names = dict.fromkeys((group[0].name, group[-1].name))
             size = sum(weights[module.name] for module in group)
-            units.append(DepthUnit(" to ".join(names), tuple(group), number, size))
+            spans = _spans(model, group)
+            units.append(DepthUnit(" to ".join(names), tuple(group), number, size, spans))
     return units
+
+
+def _spans(model: ir.Model, modules: Sequence[ResidualModule]) -> tuple[tuple[str, str], ...]:
+    """From the first module to the last one, or to where the stream's shape changes between two."""
+    names = {name for module in modules for name in (module.input, module.output)}
+    shapes = {value.name: value.shape for value in all_values(model) if value.name in names}
+    spans: list[tuple[str, str]] = []
+    for module in modules:
+        if spans and shapes[spans[-1][1]] == shapes[module.input]:
+            spans[-1] = (spans[-1][0], module.output)
+        else:
+            spans.append((module.input, module.output))
+    return tuple(spans)
 
 
 def module_weights(model: ir.Model, modules: Sequence[ResidualModule]) -> dict[str, int]:

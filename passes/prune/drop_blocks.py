@@ -153,7 +153,7 @@ class DropBlocks(Pass):
                 f"drop-blocks: {self.method} is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )
-        samples = first_samples(data, self.samples)
+        samples = first_samples(data, self.samples, model)
         ranked: Ranking
         if self.method == "entropy":
             ranked = _by_entropy(self._gains(model, units, samples, ctx))
@@ -168,10 +168,10 @@ class DropBlocks(Pass):
     def _gains(
         self, model: ir.Model, units: Sequence[DepthUnit], samples: Sequence[Feeds], ctx: PassContext
     ) -> dict[DepthUnit, float]:
-        spans = ctx.progress([unit.span for unit in units], "measure entropies")
+        spans = ctx.progress([span for unit in units for span in unit.spans], "measure entropies")
         stream = ActivationStream(model, samples)
         gains = entropy_gains(stream, spans, tokens=self.tokens, neighbours=self.neighbours)
-        return dict(zip(units, gains, strict=True))
+        return {unit: _total([next(gains) for _ in unit.spans]) for unit in units}
 
     def _number(self, model: ir.Model, structure: Structure, order: RemovalOrder, ctx: PassContext) -> int:
         """How many of the units must go."""
@@ -216,6 +216,11 @@ class DropBlocks(Pass):
             )
         ctx.remark("all blocks", f"measured speed-up {reached:.3g} for the target {target:g}")
         return number
+
+
+def _total(gains: Sequence[float]) -> float:
+    """Of the spans of one unit: infinite if any of them tells copies apart."""
+    return math.inf if math.inf in gains else sum(gains)
 
 
 def _by_entropy(gains: Mapping[DepthUnit, float]) -> Ranking:

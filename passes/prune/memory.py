@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from ...ir.files import write_whole
 
 _WRITTEN_EVERY = 16
 """New entries; `write` at the end writes the rest."""
@@ -34,10 +35,8 @@ class Memory:
         return self._known[name]
 
     def write(self) -> None:
-        """Write everything, under another name first."""
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": self._key, "measured": self._known}))
-        os.replace(temporary, self._path)
+        """Write everything."""
+        write_whole(self._path, json.dumps({"key": self._key, "measured": self._known}))
         self._unwritten = 0
 
     def _read(self) -> dict[str, list[float]]:

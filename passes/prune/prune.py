@@ -132,9 +132,9 @@ class Prune(Pass):
         coverage = Coverage(unit="prunable groups", covered=len(units), skipped=tuple(skipped))
         if not units:
             return PassResult(modified=False, coverage=coverage)
-        samples = self._samples(ctx)
+        samples = self._samples(model, ctx)
         costs = None if self.sparsity else self._time_costs(model, structure, units, ctx)
-        folder = ctx.state_folder()
+        folder = ctx.work(model).folder
         database = build_database(
             model,
             structure,
@@ -188,13 +188,13 @@ class Prune(Pass):
             deployed_with=self.deployed_with,
         )
 
-    def _samples(self, ctx: PassContext) -> list[Feeds]:
+    def _samples(self, model: ir.Model, ctx: PassContext) -> list[Feeds]:
         if not ctx.calibration:
             raise InputError(
                 "prune: what a layer can miss is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or --calibration inputs.npz",
             )
-        return fitness_samples(ctx, self.samples)
+        return fitness_samples(model, ctx, self.samples)
 
     def _not_asked_for(self, name: str) -> str | None:
         if matches(name, self.ignore):

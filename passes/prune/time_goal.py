@@ -95,10 +95,10 @@ class TimeCosts:
         self._deviation, self._corrections = deviation, corrections
         self._points: list[tuple[float, float]] = []
         key = self._key()
-        self._memory = Memory(ctx.state_folder() / "times.json", key)
+        self._memory = Memory(ctx.work(model).folder / "times.json", key)
         self._dense = self._timing([0] * len(units), lambda: model)
         self.original = self._dense.original
-        used = self._table(table, force, ctx.state_folder() / f"latency-{_short(key)}.json", structure)
+        used = self._table(table, force, ctx.work(model).folder / f"latency-{_short(key)}.json", structure)
         self._seconds = [
             _falling([used.seconds[unit.name][count] for count in unit.counts]) for unit in units
         ]

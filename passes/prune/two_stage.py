@@ -109,10 +109,10 @@ class TwoStage(Pass):
                 "two-stage: neurons are scored on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )
-        scores = neuron_scores(model, parts.groups, first_samples(data, self.samples), ctx)
+        scores = neuron_scores(model, parts.groups, first_samples(data, self.samples, model), ctx)
         plan = self._plan(model, parts, ctx)
         choices = _widths(parts.groups, plan, scores)
-        samples = first_samples(data, self.attention_samples)
+        samples = first_samples(data, self.attention_samples, model)
         dropped = _attention_to_drop(model, parts, plan, choices, samples, ctx)
         shrink(model, choices)
         drop(model, dropped)

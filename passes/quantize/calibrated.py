@@ -8,6 +8,7 @@ rewritten, and the run goes on through them. Only one group's statistics exist a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -18,35 +19,28 @@ from ...ir import clone
 from ...ir.errors import PassError
 from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap, can_unfold
 from ...runtime.calibration.ranges import Method, asymmetric_grid
-from ..infrastructure.base import PassContext
+from ...runtime.work_cache import Work
+from ..infrastructure.base import LayerErrors, PassContext
 from .algorithms import Algorithm, LayerStatistics
 from .algorithms.gptq import GPTQ
 from .algorithms.rtn import RoundToNearest
 from .convolution_layers import ConvolutionPlan, patch_statistics, quantize_convolution
+from .grid import Grid
+from .kept_results import GroupResult, LayerResult
 from .layer_plan import LayerPlan
 from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
 from .low_rank import low_rank_residual
 from .quantized_weight import Floats, QuantizedWeight
+from .streamed import round_weight
 from .weights import relative_error
 
 Doubles = npt.NDArray[np.float64]
 Plan = LayerPlan | ConvolutionPlan
 _COLUMN_BLOCK = 16
 """Neighbouring columns that may share a second-level grid (SpQR)."""
+Say = Callable[[str, str], None]
+"""Says something, the second, about a layer."""
 Streams = tuple[ActivationStream, ActivationStream | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerErrors:
-    """What quantising a layer did to it.
-
-    Attributes:
-        weight: ‖W − Ŵ‖ / ‖W‖.
-        output: ‖X(W − Ŵ)‖ / ‖XW‖ on the calibration data; None without.
-    """
-
-    weight: float
-    output: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,15 +79,50 @@ class CalibratedQuantizer:
     def run(self, plans: Sequence[Plan]) -> dict[str, LayerErrors]:
         """Quantise the layers, given in the order of the graph; gives each layer's errors by name."""
         streams = self._streams() if self._needs_data(plans) else None
+        work = None if streams is None else self.ctx.work(self.model)
         errors: dict[str, LayerErrors] = {}
         for group in self.ctx.progress(_groups(plans), "quantize layers"):
             if isinstance(group, ConvolutionPlan):
                 errors[group.convolution.name] = self._quantize_convolution(group, streams)
-            elif streams is None:
-                errors |= self._quantize(group, None)
+            elif streams is None or work is None:
+                for plan, result in self._results(group, None, self.ctx.remark):
+                    errors |= self._apply([plan], [result])
             else:
-                errors |= self._quantize(*self._observe(group, *streams))
+                errors |= self._quantize_on_data(group, streams, work)
         return errors
+
+    def _quantize_on_data(
+        self, group: list[LayerPlan], streams: Streams, work: Work
+    ) -> dict[str, LayerErrors]:
+        """Quantise layers that share their input, or take what an earlier run found for them.
+
+        The data moves on alike in both cases, so that what follows is the same to the last bit.
+        """
+        subject = ", ".join(plan.linear.name for plan in group)
+        options = (self.algorithm, self.compensate_rank, self.calibrator, self.percentile)
+        decided_by = repr((options, [(plan.scheme, plan.grid, plan.activations) for plan in group]))
+        kept = work.recall(subject, decided_by)
+        if kept is None:
+            observed, statistics = self._observe(group, *streams)
+            remarks: list[tuple[str, str]] = []
+            pairs = self._results(observed, statistics, lambda *said: remarks.append(said))
+            results = {plan.linear.name: result for plan, result in pairs}
+            found = GroupResult([results[plan.linear.name] for plan in group], remarks)
+            work.keep(subject, decided_by, found.arrays())
+        else:
+            found = GroupResult.of(kept)
+            for _ in _together(*streams, str(current_input(group[0].linear).name)):
+                pass
+        for named, text in found.remarks:
+            self.ctx.remark(named, text)
+        return self._apply(group, found.layers)
+
+    def _apply(self, group: Sequence[LayerPlan], results: Sequence[LayerResult]) -> dict[str, LayerErrors]:
+        """Replace layers by what was found for them."""
+        for plan, result in zip(group, results, strict=True):
+            plan = dataclasses.replace(plan, activations=result.activations)
+            replace_linear(self.model, plan, result.weight, result.errors.weight, result.low_rank)
+        return {plan.linear.name: result.errors for plan, result in zip(group, results, strict=True)}
 
     def _streams(self) -> Streams:
         """The model as it is rewritten and, for algorithms that compare with it, the dense one."""
@@ -151,36 +180,39 @@ class CalibratedQuantizer:
             covariance.mean, None if prefix_error is None else prefix_error.mean, covariance.tokens
         )
 
-    def _quantize(
-        self, group: Sequence[LayerPlan], statistics: LayerStatistics | None
-    ) -> dict[str, LayerErrors]:
-        """Choose the integers of layers that share their input, and replace them."""
-        errors = {}
+    def _results(
+        self,
+        group: Sequence[LayerPlan],
+        statistics: LayerStatistics | None,
+        remark: Say,
+    ) -> Iterator[tuple[LayerPlan, LayerResult]]:
+        """Choose the integers of layers that share their input."""
         for alike in _with_equal_grids(group):
+            grid, rounds = alike[0].grid, isinstance(self.algorithm, RoundToNearest)
+            if rounds and statistics is None and isinstance(grid, Grid):
+                yield from ((plan, _rounded(plan, grid)) for plan in alike)
+                continue
             weights = [read_linear_weight(plan.linear) for plan in alike]
             names = ", ".join(plan.linear.name for plan in alike)
             together = self.algorithm(
                 weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1),
-                alike[0].grid,
+                grid,
                 statistics,
-                self._remark(names),
+                functools.partial(remark, names),
             )
             start = 0
             for plan, weight in zip(alike, weights, strict=True):
                 stop = start + weight.shape[1]
-                errors[plan.linear.name] = self._replace(
-                    plan, weight, together.columns(start, stop), statistics
-                )
+                yield plan, self._result(plan, weight, together.columns(start, stop), statistics)
                 start = stop
-        return errors
 
-    def _replace(
+    def _result(
         self,
         plan: LayerPlan,
         weight: Floats,
         quantized: QuantizedWeight,
         statistics: LayerStatistics | None,
-    ) -> LayerErrors:
+    ) -> LayerResult:
         dequantized = quantized.dequantized()
         low_rank: LowRank | None = None
         if statistics is not None and self.compensate_rank:
@@ -192,11 +224,16 @@ class CalibratedQuantizer:
             relative_error(weight, dequantized),
             None if statistics is None else output_error(weight, dequantized, statistics.covariance),
         )
-        replace_linear(self.model, plan, quantized, errors.weight, low_rank)
-        return errors
+        return LayerResult(quantized, low_rank, errors, plan.activations)
 
     def _remark(self, names: str) -> Callable[[str], None]:
         return lambda reason: self.ctx.remark(names, reason)
+
+
+def _rounded(plan: LayerPlan, grid: Grid) -> LayerResult:
+    """Rounded to nearest, without having the whole weight in float32."""
+    weight, error = round_weight(plan.linear.weight, grid, transposed=plan.linear.transposed)
+    return LayerResult(weight, None, LayerErrors(error), plan.activations)
 
 
 def output_error(weight: Floats, dequantized: Floats, covariance: Doubles) -> float:

@@ -51,6 +51,8 @@ def plan_convolution(convolution: Convolution, scheme: Scheme, *, clip: bool) ->
         return "a convolution takes integer weights and float activations"
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}"
+    if weight.const_value is not None and not weight.const_value.size:
+        return "its weight is empty"
     if len(weight.uses()) > 1:
         return "its weight is shared"
     if convolution.pads is None:

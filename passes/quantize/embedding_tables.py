@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 
 from ...ir import ops
 from ...ir.errors import PassError
-from .algorithms.rtn import round_to_nearest
 from .grid import Grid
-from .weights import ERROR_KEY, FLOATS, add_tensor, float_dtype, read_weight, relative_error
+from .streamed import round_weight
+from .weights import ERROR_KEY, FLOATS, add_tensor, float_dtype
 
 _SMALLEST_TABLE = 1 << 14
 """Elements; the extra nodes of a smaller table cost more than its bytes are worth."""
@@ -60,10 +59,8 @@ def reason_to_skip_table(table: EmbeddingTable) -> str | None:
 
 def quantize_table(model: ir.Model, table: EmbeddingTable) -> float:
     """Replace the table and its gathers in place; returns the relative error of the table."""
-    weight = read_weight(table.table)
     grid = Grid(bits=8, symmetric=True, block_size=0, scale_dtype=float_dtype(table.table).numpy())
-    by_column = round_to_nearest(np.ascontiguousarray(weight.T), grid)
-    error = relative_error(weight, by_column.dequantized().T)
+    by_column, error = round_weight(table.table, grid, transposed=True)
     integers = add_tensor(model, by_column.integers.T, f"{table.name}.weight_quantized", ir.DataType.INT8)
     scale = add_tensor(model, by_column.scale[:, None], f"{table.name}.weight_scale")
     for gather in table.gathers:

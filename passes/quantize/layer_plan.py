@@ -106,6 +106,8 @@ def _reason_to_skip(linear: Linear, scheme: Scheme) -> str | None:
         return "its weight is not constant"
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}"
+    if not weight.const_value.size:
+        return "its weight is empty"
     if len(weight.uses()) > 1:
         return "its weight is shared"
     if scheme.group_size > 0 and linear.in_features % scheme.group_size:

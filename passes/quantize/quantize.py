@@ -28,10 +28,20 @@ from ...codegen.target import Target
 from ...ir.errors import PipelineError, TargetError
 from ...ir.views import Convolution, Linear, convolutions, linears
 from ...runtime.calibration.ranges import Method
-from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
+from ..infrastructure.base import (
+    Contract,
+    Coverage,
+    Fact,
+    LayerErrors,
+    Pass,
+    PassContext,
+    PassResult,
+    Skipped,
+)
 from ..infrastructure.patterns import matches
 from .algorithms import ALGORITHMS, algorithm
-from .calibrated import CalibratedQuantizer, LayerErrors, Plan
+from .calibrated import CalibratedQuantizer, Plan
+from .convolution_layers import ConvolutionPlan
 from .embedding_tables import embedding_tables, quantize_table, reason_to_skip_table
 from .layer_plan import LayerPlan, Planner
 from .scheme import Scheme, parse_scheme
@@ -111,12 +121,18 @@ class Quantize(Pass):
                 hint=f"expected one of {sorted(ALGORITHMS)}",
             )
         for scheme in schemes:
-            self._check_activations(scheme)
+            self._check_scheme(scheme)
         for option in ("compensate_rank", "damp", "sweeps", "outlier_share"):
             if getattr(self, option) < 0:
                 raise PipelineError(f"quantize: {option} must not be negative, found {getattr(self, option)}")
 
-    def _check_activations(self, scheme: Scheme) -> None:
+    def _check_scheme(self, scheme: Scheme) -> None:
+        if self.algorithm == "spqr" and (scheme.format is not None or scheme.activation_bits is not None):
+            raise PipelineError(
+                "quantize: algorithm 'spqr' needs integer weights and float activations, "
+                f"found {scheme.name!r}",
+                hint="the other algorithms take all schemes",
+            )
         narrow = scheme.bits < 8 or scheme.activation_bits != 8
         if self.activations in ("tensor", "static") and scheme.activation_bits is not None and narrow:
             raise PipelineError(
@@ -144,6 +160,7 @@ class Quantize(Pass):
             modified=bool(errors),
             coverage=Coverage(unit=unit, covered=len(errors), skipped=tuple(skipped)),
             statistics={self.scheme: len(errors)},
+            layers=errors,
         )
 
     def _quantize_layers(
@@ -180,6 +197,8 @@ class Quantize(Pass):
         for layer in sorted(layers, key=lambda layer: position[layer.node]):
             scheme = self._scheme_of(layer.name, layer.node, groups)
             plan = scheme if isinstance(scheme, str) else planner.plan(layer, scheme)
+            if self.algorithm == "spqr" and isinstance(plan, ConvolutionPlan):
+                plan = "spqr is for linears"
             if isinstance(plan, str):
                 skipped.append(Skipped(layer.name, plan))
             else:
@@ -197,7 +216,7 @@ class Quantize(Pass):
         if chosen == DENSE:
             return "left dense by allocate"
         if isinstance(chosen, Scheme):
-            self._check_activations(chosen)
+            self._check_scheme(chosen)
             return chosen
         if groups:
             return next(

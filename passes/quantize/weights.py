@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ...ir import ops, release
 from ...ir.errors import PassError
+from ...ir.spill import kept
 from .quantized_weight import Floats
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -57,7 +58,7 @@ def add_tensor(
         count += 1
         unique = f"{name}_{count}"
     if container is None:
-        tensor: ir.TensorProtocol = ir.tensor(values, name=unique)
+        tensor: ir.TensorProtocol = ir.tensor(kept(values), name=unique)
     else:
         tensor = ops.integer_tensor(values, container, unique)
     value = ir.val(unique, shape=values.shape, dtype=tensor.dtype, const_value=tensor)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ...ir import release
 from ...ir.errors import PassError
+from ...ir.spill import kept
 
 Vectors = npt.NDArray[np.float64]
 VectorFunction = Callable[[Vectors], Vectors]
@@ -114,7 +115,7 @@ def changed(tensor: ir.TensorProtocol, axis: int, function: VectorFunction) -> i
             after[part] = function(wide).astype(source.dtype)
         _check_finite(after[part].astype(np.float64), tensor)
     release(tensor)
-    return ir.Tensor(result, dtype=tensor.dtype, name=tensor.name)
+    return ir.Tensor(kept(result), dtype=tensor.dtype, name=tensor.name)
 
 
 def change(vectors: Iterable[Vector], function: VectorFunction) -> None:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from ...ir import release
 from ...ir.errors import PassError
+from ...ir.spill import kept
 from .pairs import Channels, ScalingGroup
 
 Doubles = npt.NDArray[np.float64]
@@ -80,7 +81,7 @@ def _scaled(channels: Channels, factor: Doubles) -> ir.Tensor[Any] | None:
     lost = lost[channels.start : channels.start + factor.size]
     if not (_norms(lost) <= _EPSILON[value.dtype] * _norms(of_channel)).all():
         return None
-    return ir.Tensor(rounded, dtype=value.dtype, name=value.name)
+    return ir.Tensor(kept(rounded), dtype=value.dtype, name=value.name)
 
 
 def _norms(channels: npt.NDArray[Any]) -> Doubles:

@@ -187,10 +187,19 @@ class _Piece:
             if value.name in known:
                 array = known[str(value.name)]
                 value.dtype = ir.DataType.from_numpy(array.dtype)
-                value.shape = ir.Shape([None] * array.ndim)
+                value.shape = ir.Shape(_fixed_sizes(value, array))
         functions = list(self._model.functions.values())
         piece = ir.Model(graph, ir_version=self._model.ir_version, functions=functions)
         return _open(piece)
+
+
+def _fixed_sizes(value: ir.Value, array: Array) -> list[int | None]:
+    """The sizes that all samples share. Where no float16 kernel is, onnxruntime needs heads and features."""
+    declared = [None] * array.ndim if value.shape is None else list(value.shape)
+    return [
+        size if isinstance(dim, int) and dim == size else None
+        for dim, size in zip(declared, array.shape, strict=True)
+    ]
 
 
 def _open(piece: ir.Model) -> onnxruntime.InferenceSession:

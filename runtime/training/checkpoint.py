@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from ...ir import release
 from ...ir.errors import PassError
+from ...ir.files import making
 from ..calibration.data import Feeds
 
 
@@ -53,12 +53,8 @@ class CheckpointFile:
         """Write the checkpoint in place of the last one; an interruption leaves the last one."""
         fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
         fields["parameters"] = {name: tensor.detach() for name, tensor in checkpoint.parameters.items()}
-        partial = self._path.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with making(self._path) as (partial,):
             torch.save(fields, partial)
-            partial.replace(self._path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint | None:
         """The last checkpoint; None if there is none.

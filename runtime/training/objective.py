@@ -114,6 +114,12 @@ class Objective:
         """The mean over the outputs."""
         total = _ZERO
         for name in self.outputs:
+            if student[name].shape != teacher[name].shape:
+                raise InputError(
+                    f"training: output {name!r} is {list(student[name].shape)}, and the original's "
+                    f"{list(teacher[name].shape)}",
+                    hint="passes that give an output another shape, as last-logits does, go behind this one",
+                )
             pair = (rows(student[name], real), rows(teacher[name], real))
             is_logits = name in self._logits
             total = total + (

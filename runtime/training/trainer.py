@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -101,7 +100,6 @@ class Trained:
         before: the weighted losses on the held-out batches before training, by name.
         after: the same after training.
         resumed_at: the step of the checkpoint that the run went on from; 0 if there was none.
-        seconds_per_step: of this run's own updates; None if there was none left to make.
         states: the hidden states that were compared.
     """
 
@@ -109,7 +107,6 @@ class Trained:
     before: Mapping[str, float]
     after: Mapping[str, float]
     resumed_at: int
-    seconds_per_step: float | None
     states: tuple[str, ...]
 
     @property
@@ -195,7 +192,6 @@ class _Run:
         if start is None:
             start, self._before = 0, self._held_out("before the first step")
             self._hook.after_step(0, self._networks.parameters)
-        seconds = time.perf_counter()
         with DeferredInterrupt() as interrupt:
             for step in progress(range(start, self._training.steps), "train"):
                 self._update(step)
@@ -204,16 +200,13 @@ class _Run:
                     self._save(done)
                 if interrupt.requested:
                     raise KeyboardInterrupt
-        made = self._training.steps - start
-        seconds = time.perf_counter() - seconds
-        if made:
+        if start < self._training.steps:
             self._save(self._training.steps)
         return Trained(
             parameters=dict(self._networks.parameters),
             before=self._before,
             after=self._held_out("after the last step"),
             resumed_at=start,
-            seconds_per_step=seconds / made if made else None,
             states=self._networks.objective.states,
         )
 

@@ -62,6 +62,16 @@ def test_nodes_can_be_traced_back_and_weights_keep_their_names() -> None:
     assert torch.equal(run(twin, X)["y.out"], run(module, X)["y.out"])
 
 
+def test_names_that_python_cannot_write_down_are_changed() -> None:
+    """What torch writes into the code of the module is text in quotes."""
+    model = parse(MLP)
+    model.graph.initializers["l0.weight"].name = 'l0.a"b/weight'
+    module = lower(model)
+    assert set(module.state_dict()) == {"l0.a_b/weight", "l0.bias", "l1.weight"}
+    expected = run_model(parse(MLP), X)["y.out"]
+    np.testing.assert_allclose(run(module, X)["y.out"].numpy(), expected, rtol=1e-5)  # float32 sums
+
+
 def test_weights_share_memory_unless_they_are_trainable_or_converted() -> None:
     model = parse(MLP)
     array = np.arange(12, dtype=np.float32).reshape(4, 3)

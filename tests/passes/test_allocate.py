@@ -525,13 +525,24 @@ def test_a_broken_weight_is_named():
         allocate(model, candidates=("W8A16",), loss=1.0)
 
 
+def reader_of(batch):
+    x = ir.val("x", ir.DataType.INT64, [batch])
+    return ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 23}), ir_version=11)
+
+
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), count=st.integers(1, 12))
 def test_the_first_samples(sizes, count):
     ids = iter(range(100))
     data = [{"x": np.array([next(ids) for _ in range(size)])} for size in sizes]
-    found = [int(sample) for feeds in first_samples(data, count) for sample in feeds["x"]]
+    found = [int(sample) for feeds in first_samples(data, count, reader_of("batch")) for sample in feeds["x"]]
     assert found == list(range(min(count, sum(sizes))))
+
+
+def test_the_first_samples_of_a_model_that_takes_so_many_at_a_time():
+    data = [{"x": np.arange(3)}, {"x": np.arange(3, 6)}, {"x": np.arange(6, 9)}]
+    found = [feeds["x"].tolist() for feeds in first_samples(data, 4, reader_of(3))]
+    assert found == [[0, 1, 2], [3, 4, 5]]
 
 
 # --- the integer program ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.infrastructure.instruments import ContractCheck
 from planish.passes.infrastructure.pipeline import Pipeline
 from planish.runtime.calibration import CalibrationData
+from planish.runtime.work_cache import WorkCache
 
 X = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)
 
@@ -71,7 +72,7 @@ class Seen(Pass):
     contexts: list[Any]
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
-        self.contexts.append((ctx, weight(ctx.original), ctx.state_folder()))
+        self.contexts.append((ctx, weight(ctx.original), ctx.work(model).folder))
         return PassResult(modified=False)
 
 
@@ -142,10 +143,12 @@ def test_no_original_is_kept_that_no_pass_uses():
         run(make_model(), Asking())
 
 
-def test_state_is_kept_where_the_user_says_and_else_is_gone(tmp_path):
+def test_work_is_kept_where_the_user_says_and_else_is_gone(tmp_path):
     contexts: list[Any] = []
-    run(make_model(), Seen(contexts=contexts), Seen(contexts=contexts), state=tmp_path)
-    assert [folder.relative_to(tmp_path).as_posix() for *_, folder in contexts] == ["seen-0", "seen-1"]
+    run(make_model(), Seen(contexts=contexts), Seen(contexts=contexts), cache=WorkCache(tmp_path))
+    folders = [folder for *_, folder in contexts]
+    assert all(folder.parent == tmp_path and folder.name.startswith("seen-") for folder in folders)
+    assert len(set(folders)) == 2
     assert all(folder.is_dir() for *_, folder in contexts)
     contexts.clear()
     run(make_model(), Seen(contexts=contexts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from planish.ir.errors import PipelineError
+from planish.passes.quantize import Quantize
 from planish.passes.quantize.algorithms import LayerStatistics
 from planish.passes.quantize.algorithms.gptq import GPTQ
 from planish.passes.quantize.algorithms.spqr import SpQR
@@ -119,6 +121,15 @@ def test_any_magnitude_stays_finite(scale):
     assert np.isfinite(found.dequantized()).all()
     # 3 bits: a step is a seventh of the range, about ±3.5 σ over 16 rows at most.
     assert np.linalg.norm(found.dequantized() - weight) <= 0.5 * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "NF4"}, {"scheme": "W4A8"}, {"config_groups": {"a": {"scheme": "FP8A16", "targets": ["x"]}}}],
+)
+def test_spqr_of_other_schemes_is_refused_at_once(options):
+    with pytest.raises(PipelineError, match="'spqr' needs integer weights and float activations"):
+        Quantize(algorithm="spqr", **options)
 
 
 def test_a_code_book_is_refused():

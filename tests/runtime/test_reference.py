@@ -59,6 +59,20 @@ def test_optional_outputs_stay_where_nobody_reads_them():
     assert run_model(model, feeds, ["y"])["y"].shape == (1, 1, 2, 4)
 
 
+def test_a_branch_that_captures_a_value_can_be_left_out():
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            """<ir_version: 10, opset_import: ["": 21]>
+            net (float[2] x, bool flag) => (float[2] y)
+            { a = Neg(x)
+              y = If (flag) <then_branch = yes () => (float[2] t) { t = Abs(a) },
+                             else_branch = no () => (float[2] e) { e = Exp(a) }> }"""
+        )
+    )
+    feeds = {"x": np.array([1, -2], np.float32), "flag": np.array(True)}
+    np.testing.assert_array_equal(run_model(model, feeds, ["a"])["a"], [-1, 2])
+
+
 def test_running_leaves_the_model_alone():
     model = parse(TWO_LAYERS)
     run_model(model, X, ["h"])

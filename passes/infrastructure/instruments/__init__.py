@@ -4,7 +4,9 @@ from .base import Instrument, Invocation
 from .contract import ContractBrokenError, ContractCheck
 from .diff import PrintDiff
 from .dump import DumpAfterEachPass
+from .latency import LatencyAfterEachPass
 from .limit import BisectLimit
+from .outline import OutlineBefore
 from .progress import ProgressBars
 from .reproducer import CrashReproducer
 from .statistics import RewriteStatistics
@@ -19,6 +21,8 @@ __all__ = [
     "DumpAfterEachPass",
     "Instrument",
     "Invocation",
+    "LatencyAfterEachPass",
+    "OutlineBefore",
     "PrintDiff",
     "ProgressBars",
     "RewriteStatistics",

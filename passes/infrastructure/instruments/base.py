@@ -27,6 +27,8 @@ class Invocation:
         before: a copy of the model from before the pass (tensors shared); None unless an instrument wants it.
         seconds: wall time of the pass alone.
         peak_memory_growth: by how many bytes the pass raised the process's peak; None where not known.
+        latency_ms_before: what a call took before the pass, in milliseconds; None unless it was measured.
+        latency_ms_after: the same after the pass.
         errors: by output name, how far the model's outputs are from those before the pass.
     """
 
@@ -38,6 +40,8 @@ class Invocation:
     before: ir.Model | None = None
     seconds: float = 0.0
     peak_memory_growth: int | None = None
+    latency_ms_before: float | None = None
+    latency_ms_after: float | None = None
     errors: dict[str, Difference] = dataclasses.field(default_factory=dict)
 
     @property

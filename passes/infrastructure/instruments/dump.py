@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ....ir import clone, format_model, save
+from ....ir.files import write_text
 from ..base import PassResult
 from ..facts import facts_of, write_facts
 from .base import Instrument, Invocation
@@ -37,7 +38,7 @@ class DumpAfterEachPass(Instrument):
 
     def _write(self, model: ir.Model, label: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{label}.txt").write_text(format_model(model) + "\n", encoding="utf-8")
+        write_text(self.folder / f"{label}.txt", format_model(model) + "\n")
         if not self.text_only:
             # The file keeps the facts, so that a pipeline can go on from it.
             dumped = clone(model)

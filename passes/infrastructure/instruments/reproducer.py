@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ....ir import clone, save
+from ....ir.errors import ModelError
+from ....ir.files import replacing, write_text
 from ..base import Feeds
 from ..facts import facts_of, write_facts
 from ..options import format_pass
@@ -41,19 +43,26 @@ class CrashReproducer(Instrument):
     def failed(self, invocation: Invocation, model: ir.Model, error: Exception) -> None:
         """Write the reproducer, and say in the error where it is."""
         del model
+        try:
+            error.add_note(f"reproduce with: {self._write(invocation, error)}")
+        except (OSError, ModelError) as obstacle:  # the pass's own error is the one to be told
+            error.add_note(f"no reproducer: {obstacle}")
+
+    def _write(self, invocation: Invocation, error: Exception) -> str:
+        """The command that fails again."""
         assert invocation.before is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         before = clone(invocation.before)
         write_facts(before, facts_of(before))
         save(before, self.folder / "before.onnx")
-        (self.folder / "pipeline.txt").write_text(f"{format_pass(invocation.pass_)}\n", encoding="utf-8")
+        write_text(self.folder / "pipeline.txt", f"{format_pass(invocation.pass_)}\n")
         if self.examples:
-            np.savez(self.folder / "inputs.npz", allow_pickle=False, **self.examples[0])
+            with replacing(self.folder / "inputs.npz") as (file,):
+                np.savez(file, allow_pickle=False, **self.examples[0])
         command = self._command(invocation)
-        (self.folder / "reproduce.sh").write_text(
-            f"# {type(error).__name__}: {' '.join(str(error).split())}\n{command}\n", encoding="utf-8"
-        )
-        error.add_note(f"reproduce with: {command}")
+        text = f"# {type(error).__name__}: {' '.join(str(error).split())}\n{command}\n"
+        write_text(self.folder / "reproduce.sh", text)
+        return command
 
     def _command(self, invocation: Invocation) -> str:
         words = ["planish", "compile", str(self.folder / "before.onnx")]

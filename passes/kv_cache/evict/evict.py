@@ -225,7 +225,7 @@ class Evict(Pass):
                 "evict: what heads contribute is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )
-        coalitions = Coalitions(model, first_samples(data, _SAMPLES))
+        coalitions = Coalitions(model, first_samples(data, _SAMPLES, model))
         draws = list(ctx.progress(range(self.draws), "draw coalitions of heads"))
         found = contributions(coalitions.utility, sum(coalitions.heads), draws, ctx.rng)
         return np.split(found, np.cumsum(coalitions.heads)[:-1])

@@ -167,6 +167,30 @@ def test_entropy_order_is_that_of_the_gains():
     assert dict(zip(names(dropped), gains, strict=True))["layers.2"] == 0.0
 
 
+def test_entropy_of_a_layer_in_which_tokens_are_joined():
+    """Two modules that one layer holds, with half as many tokens in the second: each has a gain of its own."""
+    first = block(0, "x", "s0")
+    second = (
+        'p = Reshape (s0, pairs) q = ReduceMean <keepdims = 0> (p, axis) a1 = MatMul (q, "layers.0.v.weight")'
+        ' b1 = Tanh (a1) c1 = MatMul (b1, "layers.0.w.weight") y = Add (q, c1)'
+    )
+    weights = weights_of(0) | {
+        "layers.0.v.weight": random(WIDTH, INNER),
+        "layers.0.w.weight": random(INNER, WIDTH, seed=1),
+        "pairs": np.array([0, -1, 2, WIDTH]),
+        "axis": np.array([2]),
+    }
+    model = model_of(
+        f"{first} {second}",
+        weights,
+        inputs=f"float[batch, 16, {WIDTH}] x",
+        outputs=f"float[batch, 8, {WIDTH}] y",
+    )
+    result, dropped, _ = drop_blocks(model, count=1, unit="layer")
+    assert len(dropped) == 1
+    assert result.statistics == {"dropped ffn": 2}
+
+
 def test_samples_limit_what_is_run():
     """The second batch of four holds NaN: it is not run where four samples are enough."""
     broken = [SAMPLES[0], {"x": np.full((4, 16, WIDTH), np.nan, np.float32)}]

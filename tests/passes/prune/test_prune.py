@@ -21,6 +21,7 @@ from planish.passes.prune.spdy import search
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.latency_table import LatencyTable
 from planish.runtime.stitched_model import StitchedModel
+from planish.runtime.work_cache import WorkCache
 
 TARGET = get_target("portable")
 DEPLOYMENT = {"batch": 1, "sequence": 8, "deployed_with": ""}
@@ -106,10 +107,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[ir.Model]:
     return measured
 
 
-def prune(model: ir.Model, calibration: CalibrationData, state=None, **options):
+def prune(model: ir.Model, calibration: CalibrationData, cache=None, **options):
     options = {"evaluations": 6, "samples": 2, **DEPLOYMENT, **options}
     return run_pipeline(
-        model, Pipeline([Prune(**options)]), target=TARGET, calibration=calibration, state=state
+        model, Pipeline([Prune(**options)]), target=TARGET, calibration=calibration, cache=cache
     )
 
 
@@ -261,14 +262,14 @@ def test_obs_loses_less_than_random(model, calibration):
 
 def test_a_second_run_measures_no_loss_again(llama, calibration, clock, tmp_path, monkeypatch):
     first, second = clone(llama.model), clone(llama.model)
-    prune(first, calibration, state=tmp_path, speedup=(2.0,))
+    prune(first, calibration, cache=WorkCache(tmp_path), speedup=(2.0,))
     timed = len(clock)
 
     def forbidden(*_: object) -> float:
         raise AssertionError("a loss was measured again")
 
     monkeypatch.setattr(StitchedModel, "loss", forbidden)
-    prune(second, calibration, state=tmp_path, speedup=(2.0,))
+    prune(second, calibration, cache=WorkCache(tmp_path), speedup=(2.0,))
     assert len(clock) == timed
     assert first.graph.initializers.keys() == second.graph.initializers.keys()
     for name, value in first.graph.initializers.items():
@@ -310,7 +311,7 @@ def test_calibration_data_is_needed(model):
 
 def test_a_table_from_another_machine_is_refused_unless_forced(model, calibration, clock, tmp_path):
     other = clone(model)
-    prune(other, calibration, state=tmp_path, speedup=(1.5,))
+    prune(other, calibration, cache=WorkCache(tmp_path), speedup=(1.5,))
     (path,) = tmp_path.rglob("latency-*.json")
     with pytest.raises(InputError, match="machine"):
         prune(model, calibration, speedup=(1.5,), latency_table=path)

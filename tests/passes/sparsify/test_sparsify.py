@@ -18,6 +18,7 @@ from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.infrastructure.facts import set_facts
 from planish.passes.infrastructure.pipeline import Pipeline
 from planish.passes.sparsify import Sparsify
+from planish.runtime.work_cache import Work
 
 SHAPES = {"a.weight": (8, 24), "a.bias": (24,), "b.weight": (24, 10), "lm_head.weight": (10, 5)}
 COVERED = ("a.weight", "b.weight")
@@ -48,11 +49,13 @@ def arrays(model):
 
 
 def sparsify(model, tmp_path, batches=12, **options):
+    folder = tmp_path / "state"
+    folder.mkdir(parents=True, exist_ok=True)
     ctx = PassContext(
         target=get_target("portable"),
         training=feeds(batches),
         original=clone(model),
-        state=lambda: tmp_path / "state",
+        open_work=lambda _model: Work(folder, keeps=True),
         seed=0,
     )
     result = Sparsify(**{"steps": 20, "learning_rate": 1e-2} | options).run(model, ctx)

@@ -130,6 +130,14 @@ def test_caches_and_integers_are_no_outputs():
     assert Objective(model, model, Losses(squarehead=0), [{}]).outputs == ("h",)
 
 
+def test_outputs_of_different_shapes_are_refused():
+    """A student whose last token's logits are left has nothing to be compared in."""
+    objective = Objective(decoder(), decoder(), ALL, [FEEDS])
+    student = tensors(0) | {"logits": tensors(0)["logits"][:, -1:]}
+    with pytest.raises(InputError, match=r"'logits' is \[2, 1, 6\], and the original's \[2, 3, 6\]"):
+        objective(student, tensors(1), FEEDS)
+
+
 def test_losses_without_anything_to_work_on():
     plain = model_of("h = MatMul (x, w) y = Relu (h)", "float[b, 4] y", {"w": (4, 4)}, "float[b, 4] x")
     other = model_of("h = MatMul (x, w) o = Relu (h)", "float[b, 4] o", {"w": (4, 4)}, "float[b, 4] x")
