@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error of planish or of its input (one red line on stder
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -24,10 +25,7 @@ from .cli_options import (
     CalibrationOption,
     InputsOption,
     ModelArgument,
-    PassesOption,
-    SeedOption,
     SizesOption,
-    TargetOption,
     TrainingOption,
     format_shapes,
     read_batches,
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .passes.infrastructure.instruments import Instrument
+    from .passes.infrastructure.recipe import Recipe
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -70,6 +69,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _recipe(passes: str | None, recipe: Path | None, preset: str | None) -> Recipe:
+    """What one of three options says, or the default."""
+    from .passes.infrastructure.pipeline import Pipeline
+    from .passes.infrastructure.recipe import Recipe
+    from .passes.infrastructure.recipe import preset as find_preset
+
+    given = {"--passes": passes, "--recipe": recipe, "--preset": preset}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"expected one of {', '.join(given)}, found {' and '.join(names)}")
+    if recipe is not None:
+        return Recipe.read(recipe)
+    if preset is not None:
+        return find_preset(preset)
+    return Recipe(Pipeline.of("canonicalize,fuse")) if passes is None else Recipe(read_pipeline(passes))
+
+
+def _recipe_path(output: Path) -> Path:
+    """Beside the file, or in the folder."""
+    return output.with_suffix(".recipe.yaml") if output.suffix == ".onnx" else output / "recipe.yaml"
 
 
 def _print_version(asked: bool) -> None:
@@ -104,8 +125,24 @@ def _root(
 def compile_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="File *.onnx, or a folder for a decoder.")],
-    passes: PassesOption = "canonicalize,fuse",
-    target: TargetOption = "onnxruntime-cpu",
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "--passes",
+            "-p",
+            help='Pipeline text: "canonicalize,fuse,quantize{scheme=W8A8}"; canonicalize,fuse if absent.',
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="A recipe.yaml, as every compilation writes one.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A recipe that comes with planish: `planish presets` lists them.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="onnxruntime-cpu (if no recipe says another), portable or cuda."),
+    ] = None,
     check: Annotated[
         Literal["verify", "contract", "none"],
         typer.Option(help="After each pass: verify the graph, or also run it and check the pass's contract."),
@@ -114,7 +151,9 @@ def compile_command(
     size: SizesOption = None,
     calibration: CalibrationOption = None,
     training: TrainingOption = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seeds passes that draw random numbers; 0 if no recipe says another.")
+    ] = None,
     cache: Annotated[
         bool,
         typer.Option(
@@ -148,7 +187,13 @@ def compile_command(
     ```
     planish compile model.onnx -o fused.onnx
     planish compile model.onnx -o int8.onnx -p "canonicalize,fuse,quantize{scheme=W8A8}"
-    planish compile model.onnx -o int4.onnx -p recipe.yaml --target portable
+    planish compile model.onnx -o int4.onnx --preset cpu-4bit
+    ```
+
+    Beside the result a recipe is written, which gives the same bytes again:
+
+    ```
+    planish compile model.onnx -o again.onnx --recipe int4.recipe.yaml
     ```
 
     Check every pass by running the model before and after it, and keep what is needed to reproduce a failure:
@@ -164,8 +209,10 @@ def compile_command(
     from .ir.files import write_text
     from .ir.printer import format_bytes
     from .passes.infrastructure.instruments import LatencyAfterEachPass, ProgressBars, RewriteStatistics
+    from .runtime.provenance import SOURCE
 
-    pipeline = read_pipeline(passes)
+    chosen = _recipe(passes, recipe, preset)
+    target, seed = target or chosen.target or "onnxruntime-cpu", chosen.seed or 0 if seed is None else seed
     if not output.parent.is_dir():  # before hours of work, not after
         raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
     if fast_prefill and output.suffix == ".onnx":
@@ -179,7 +226,7 @@ def compile_command(
     with ProgressBars(err) as progress:
         compiled = compile_model(
             model,
-            pipeline,
+            chosen.pipeline,
             example_inputs=example_inputs,
             calibration=read_batches(calibration),
             training=read_batches(training),
@@ -205,6 +252,9 @@ def compile_command(
     if report:
         text = json.dumps(compiled.report.as_dict(), indent=2, ensure_ascii=False)
         write_text(report, text + "\n")
+    facts = compiled.model.metadata_props
+    used = dataclasses.replace(chosen, target=target, seed=seed, source=facts[SOURCE])
+    write_text(_recipe_path(output), used.to_yaml())
     before = file_bytes(model)
     for path in (*others, written):
         after = file_bytes(path)
@@ -256,6 +306,22 @@ app.command(no_args_is_help=True)(cli_explain.report)
 app.command(no_args_is_help=True)(cli_explain.diff)
 app.command(no_args_is_help=True)(cli_explain.bisect)
 app.add_typer(cli_cache.app, name="cache")
+
+
+@app.command()
+def presets() -> None:
+    """List the recipes that come with planish: what each is good for, and its passes.
+
+    ```
+    planish presets
+    planish compile model.onnx -o small.onnx --preset cpu-int8
+    ```
+    """
+    from .passes.infrastructure.recipe import presets as all_presets
+
+    for name, recipe in all_presets().items():
+        out.print(f"[bold]{name}[/]  {escape(recipe.description)}", highlight=False)
+        out.print(f"    {escape(str(recipe.pipeline))} → {recipe.target}\n", highlight=False)
 
 
 @app.command()

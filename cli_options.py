@@ -49,8 +49,9 @@ SeedOption = Annotated[int, typer.Option(help="Seeds every pass that draws rando
 def read_pipeline(text: str) -> Pipeline:
     """A pipeline from its text, or from the file of a recipe."""
     from .passes.infrastructure.pipeline import Pipeline
+    from .passes.infrastructure.recipe import Recipe
 
-    return Pipeline.of(Path(text) if text.endswith((".yaml", ".yml")) else text)
+    return Recipe.read(Path(text)).pipeline if text.endswith((".yaml", ".yml")) else Pipeline.of(text)
 
 
 def read_feeds(model: Path, path: Path | None, sizes: Sequence[str] | None) -> Feeds:

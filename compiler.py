@@ -31,6 +31,8 @@ from .passes.infrastructure.instruments import (
     VerifyAfterEachPass,
 )
 from .passes.infrastructure.pipeline import Pipeline
+from .passes.infrastructure.recipe import Recipe
+from .passes.infrastructure.recipe import preset as find_preset
 from .passes.infrastructure.report import PipelineReport
 from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
@@ -61,15 +63,16 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     | os.PathLike[str]
     | onnx.ModelProto
     | ir.Model,
-    passes: Any = DEFAULT_PASSES,
+    passes: Any = None,
     *,
+    preset: str | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     calibration: Any = None,
     training: Any = None,
-    target: str | Target = "onnxruntime-cpu",
+    target: str | Target | None = None,
     check: Check = "verify",
-    seed: int = 0,
+    seed: int | None = None,
     cache: bool | str | os.PathLike[str] = False,
     instruments: Sequence[Instrument] = (),
 ) -> CompiledModel:
@@ -79,8 +82,10 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         model: a torch module (needs ``example_inputs``, except transformers' causal language models, which
             are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, or an ONNX
             model in memory. It is not changed.
-        passes: pass objects, names, `onnx_ir` passes, a list of those, or a text pipeline such as
-            ``"canonicalize,fuse,quantize{scheme=W8A8}"``.
+        passes: pass objects, names, `onnx_ir` passes, a list of those, a text pipeline such as
+            ``"canonicalize,fuse,quantize{scheme=W8A8}"``, or the path (`pathlib.Path`) of a recipe, which may
+            say the target and the seed, too. By default canonicalize and fuse.
+        preset: instead of passes, a recipe that comes with planish: ``"cpu-int8"``, …; see `planish presets`.
         example_inputs: for a module, what it is called with (a tensor, a tuple, or a dict of keyword
             arguments); for ONNX, a dict of arrays by graph-input name. Contract checks run on them.
         dynamic_shapes: as in `torch.export.export`; by default batch and sequence dimensions are dynamic.
@@ -89,10 +94,11 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             ``get_next()``. It is read once. A decoder's mask, positions and empty cache may be left out.
         training: real inputs for passes that train, as ``calibration``; items that are dicts may also have
             ``labels``, batch first. The calibration data if absent.
-        target: ``"onnxruntime-cpu"``, ``"portable"``, or a `Target` with options.
+        target: ``"onnxruntime-cpu"``, ``"portable"``, ``"torch"``, ``"cuda"``, or a `Target` with options; by
+            default what the recipe says, or onnxruntime-cpu.
         check: after each pass, ``"verify"`` the graph's structure, or also check each pass's ``"contract"``
             by running the model on ``example_inputs``; ``"none"`` checks nothing.
-        seed: seeds every pass that draws random numbers.
+        seed: seeds every pass that draws random numbers; by default what the recipe says, or 0.
         cache: keep the results of long passes layer by layer, so that the same call goes on where it was when
             it is killed, and does not compute again what is the same. True for the user's cache folder
             (``planish cache list`` shows it), or a folder.
@@ -105,7 +111,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     Raises:
         PlanishError: with one line that names the pass, the node, what was expected and what to do.
     """
-    pipeline = Pipeline.of(passes)
+    recipe = _recipe(passes, preset)
+    pipeline, seed = recipe.pipeline, (recipe.seed or 0 if seed is None else seed)
+    target = target or recipe.target or "onnxruntime-cpu"
     target = get_target(target) if isinstance(target, str) else target
     graph, signature, examples = _read(model, example_inputs, dynamic_shapes)
     source_hash = content_hash(graph)
@@ -126,18 +134,28 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             cache=_work_cache(cache),
             instruments=(before, *_checks(check, examples), *instruments),
         )
-        recipe = {
+        origin = {
             RECIPE: pipeline.to_yaml(),
             SEED: str(seed),
             SOURCE: source_hash,
             VERSIONS: json.dumps(versions()),
         }
-        compiled = _bind(graph, report, recipe, before.outline, target, signature)
+        compiled = _bind(graph, report, origin, before.outline, target, signature)
         compiled.alternatives = {
-            label: _bind(other.model, other.report, recipe, before.outline, target, signature)
+            label: _bind(other.model, other.report, origin, before.outline, target, signature)
             for label, other in report.alternatives.items()
         }
     return compiled
+
+
+def _recipe(passes: Any, preset: str | None) -> Recipe:
+    if preset is None and isinstance(passes, Path):
+        return Recipe.read(passes)
+    if preset is None:
+        return Recipe(Pipeline.of(DEFAULT_PASSES if passes is None else passes))
+    if passes is not None:
+        raise PipelineError("expected passes or a preset, found both", hint="leave one of them out")
+    return find_preset(preset)
 
 
 def _work_cache(cache: bool | str | os.PathLike[str]) -> WorkCache | None:
@@ -160,14 +178,14 @@ def _spill_folder(graph: ir.Model) -> Path | None:
 def _bind(
     graph: ir.Model,
     report: PipelineReport,
-    recipe: Mapping[str, str],
+    origin: Mapping[str, str],
     before: ModelOutline | None,
     target: Target,
     signature: Signature | None,
 ) -> CompiledModel:
     """Write into the graph how it came to be, and bind it."""
     # Without times, so that the same compilation writes the same bytes.
-    graph.metadata_props.update({**recipe, REPORT: json.dumps(report.as_dict(costs=False))})
+    graph.metadata_props.update({**origin, REPORT: json.dumps(report.as_dict(costs=False))})
     note_outlines(graph, before)
     bound = target.bind(graph)
     note_binding(bound)

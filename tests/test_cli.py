@@ -24,6 +24,7 @@ COMMANDS = (
     "structure",
     "latency",
     "report",
+    "presets",
     "passes",
     "generate",
     "benchmark",
@@ -58,6 +59,12 @@ def model(tmp_path):
 def _wide(monkeypatch):
     monkeypatch.setattr(cli.out, "_width", 160)
     monkeypatch.setattr(cli.err, "_width", 160)
+
+
+@pytest.fixture(autouse=True)
+def _own_work(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("planish.runtime.work_cache.cache_directory", lambda: folder)
     monkeypatch.setattr(cli_explain.out, "_width", 160)
     monkeypatch.setattr(cli_pruning.out, "_width", 160)
 
@@ -188,6 +195,51 @@ def test_compile_writes_a_file_for_every_target_of_pruning(model, tmp_path):
     assert sizes.keys() == {"out", "out-0.25"}
     assert sizes["out"] < sizes["out-0.25"]
     assert "out-0.25.onnx" in text
+
+
+def test_a_recipe_gives_the_same_bytes_again(model, tmp_path):
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    ok("compile", model, "-o", first, "--preset", "cpu-int8", "-t", "portable", "--seed", 5)
+    recipe = tmp_path / "first.recipe.yaml"
+    assert "target: portable\nseed: 5\n" in recipe.read_text()
+    ok("compile", model, "-o", second, "--recipe", recipe)
+    assert second.read_bytes() == first.read_bytes()
+    assert (tmp_path / "second.recipe.yaml").read_text() == recipe.read_text()
+    both = fails("compile", model, "-o", second, "--recipe", recipe, "--preset", "lossless")
+    assert "expected one of --passes, --recipe, --preset, found --recipe and --preset" in both
+    assert "there are cpu-4bit, cpu-int8" in fails("compile", model, "-o", second, "--preset", "cpu")
+
+
+def test_presets_are_listed():
+    text = ok("presets")
+    assert "cpu-int8  For encoders and classifiers on a CPU" in text
+    assert "canonicalize,fuse → onnxruntime-cpu" in text
+
+
+def test_what_is_kept_is_listed_and_cleared(model, tmp_path):
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, x=np.random.default_rng(1).standard_normal((64, 32)).astype(np.float32))
+    passes = "canonicalize,quantize{scheme=W4A16,algorithm=gptq,group_size=16}"
+    given = (
+        "compile",
+        model,
+        "-o",
+        tmp_path / "out.onnx",
+        "-p",
+        passes,
+        "-t",
+        "portable",
+        "--calibration",
+        inputs,
+    )
+    ok(*given, "--no-cache")
+    assert "0 B" in ok("cache", "list")
+    ok(*given)
+    text = ok("cache", "list")
+    assert "quantize" in text
+    assert "quantize{group_size=16" in text
+    assert "deleted" in ok("cache", "clear")
+    assert "quantize" not in ok("cache", "list")
 
 
 def test_passes_lists_and_describes():

@@ -17,8 +17,11 @@ from .modules import unneeded_without
 from .shrink import remove_unused_initializers
 
 
-def drop(model: ir.Model, modules: Sequence[ResidualModule]) -> None:
+def drop(model: ir.Model, modules: Sequence[ResidualModule]) -> frozenset[str]:
     """Make the branches of these modules the identity on the residual stream, in place.
+
+    Returns:
+        Names of the graph outputs that are gone: caches.
 
     Raises:
         InputError: a module is not in the model, or the model needs the cache of a dropped attention.
@@ -41,6 +44,7 @@ def drop(model: ir.Model, modules: Sequence[ResidualModule]) -> None:
     graph.remove(removed, safe=True)
     graph.inputs[:] = [value for value in graph.inputs if value not in lost]
     remove_unused_initializers(graph)
+    return frozenset(str(value.name) for value in dropped_outputs)
 
 
 def _branch(graph: ir.Graph, module: ResidualModule) -> tuple[ir.Node, ir.Value]:

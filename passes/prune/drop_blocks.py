@@ -126,11 +126,13 @@ class DropBlocks(Pass):
         removals = order.first(self._number(model, structure, order, ctx))
         _report(removals, order, self.method, ctx)
         modules = [module for removal in removals for module in removal.unit.modules]
-        drop(model, modules)
+        gone = drop(model, modules)
         statistics: dict[str, int] = {}
         for module in modules:
             statistics[f"dropped {module.kind}"] = statistics.get(f"dropped {module.kind}", 0) + 1
-        return PassResult(modified=bool(modules), coverage=coverage, statistics=statistics)
+        return PassResult(
+            modified=bool(modules), coverage=coverage, statistics=statistics, redefined_outputs=gone
+        )
 
     def _wanted(self, structure: Structure) -> tuple[list[ResidualModule], list[Skipped]]:
         skipped = [] if structure.modules else [Skipped(u.name, u.reason) for u in structure.unprunable]

@@ -115,10 +115,15 @@ class TwoStage(Pass):
         samples = first_samples(data, self.attention_samples, model)
         dropped = _attention_to_drop(model, parts, plan, choices, samples, ctx)
         shrink(model, choices)
-        drop(model, dropped)
+        gone = drop(model, dropped)
         _report(parts, plan, choices, ctx)
         statistics = {"narrowed FFNs": len(choices), "dropped attention modules": len(dropped)}
-        return PassResult(modified=bool(choices or dropped), coverage=coverage, statistics=statistics)
+        return PassResult(
+            modified=bool(choices or dropped),
+            coverage=coverage,
+            statistics=statistics,
+            redefined_outputs=gone,
+        )
 
     def _plan(self, model: ir.Model, parts: _Parts, ctx: PassContext) -> Plan:
         if self.speedup is not None:
