@@ -1,9 +1,9 @@
 """Portable files in other runtimes: onnxruntime, OpenVINO, and onnxruntime-web's WebAssembly and WebGPU.
 
-Small random models are compiled to the target ``portable`` by many schemes, and small checkpoints of GPTQ, AWQ
-and compressed-tensors are read and compiled to it. What each runtime gives is compared with the same graph as
-onnxruntime runs it node by node, without optimising it. WebGPU is not run: how many nodes it has kernels for
-comes from its documented operators.
+Small random models are compiled to the target ``portable`` by many schemes, and small checkpoints of GPTQ,
+AWQ and compressed-tensors are read and compiled to it. What each runtime gives is compared with the same
+graph as onnxruntime runs it node by node, without optimising it. WebGPU is not run: how many nodes it has
+kernels for comes from its documented operators.
 
 Decoders saved in the hub's layout are also loaded by transformers.js, which must generate the same tokens.
 
@@ -350,8 +350,8 @@ def hub_lines(packages: Path) -> list[str]:
         "",
         "## Folders in the hub's layout",
         "",
-        f"transformers.js {found['version']} in node, from one folder that `save_hub` wrote: {_NEW} tokens after "
-        f"{len(_PROMPT[0])}, greedy, beside planish's.",
+        f"transformers.js {found['version']} in node, from one folder that `save_hub` wrote: {_NEW} tokens "
+        f"after {len(_PROMPT[0])}, greedy, beside planish's.",
         "",
         "| dtype | scheme | file | same tokens |",
         "|---|---|---|---|",
@@ -391,17 +391,19 @@ def main() -> None:
 
 
 def _table(rows: Sequence[Sequence[str]], version: str) -> list[str]:
+    openvino_version = openvino.__version__.split("-")[0]
     return [
         "# Portable files in other runtimes",
         "",
-        f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]} (CPU, mode ACCURACY), "
-        f"onnxruntime-web {version or '(not run)'} in node; float32. Numbers are the largest difference of the "
-        "logits from the same graph in onnxruntime without optimisation, relative to the largest logit. "
+        f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino_version} (CPU, mode ACCURACY), "
+        f"onnxruntime-web {version or '(not run)'} in node; float32. Numbers are the largest difference of "
+        "the logits from the same graph in onnxruntime without optimisation, relative to the largest logit. "
         "onnxruntime's 1e-2 where weights alone are quantised is its own choice: it fuses such weights to a "
         "product that rounds activations to 8 bits (`session.qdq_matmulnbits_accuracy_level`; the target "
-        "`onnxruntime-cpu` measures what it costs). Where activations are quantised, sums in another order move "
-        "some of them to the next integer. WebGPU is not run: the column is the nodes that its documented "
-        "operators have kernels for, the others run in WebAssembly. Written by `benchmarks/compatibility.py`.",
+        "`onnxruntime-cpu` measures what it costs). Where activations are quantised, sums in another order "
+        "move some of them to the next integer. WebGPU is not run: the column is the nodes that its "
+        "documented operators have kernels for, the others run in WebAssembly. Written by "
+        "`benchmarks/compatibility.py`.",
         "",
         "| model and scheme | onnxruntime | OpenVINO | web, WebAssembly | web, kernels of WebGPU |",
         "|---|---|---|---|---|",

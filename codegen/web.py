@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -120,5 +120,5 @@ def _definition(node: ir.Node, model: ir.Model) -> tuple[int, bool]:
     opset = model.opset_imports.get(node.domain, 1)
     if not onnx.defs.has(node.op_type, opset, node.domain):
         return 1, False  # of another domain, whose definitions are not versioned, or unknown
-    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    schema: Any = onnx.defs.get_schema(node.op_type, opset, node.domain)
     return schema.since_version, schema.has_function or schema.has_context_dependent_function

@@ -95,5 +95,5 @@ GroupQueryAttention 1+ MatMulNBits 1+ MultiHeadAttention 1+ QuickGelu 1+ RotaryE
 SkipLayerNormalization 1+ SkipSimplifiedLayerNormalization 1+
 """,
 }
-"""The documented table of the WebGPU provider in JavaScript (JSEP): the package's ``docs/webgpu-operators.md``.
-The one in C++ that ``onnxruntime-web/webgpu`` loads has no such table, and has more."""
+"""The documented table of the WebGPU provider in JavaScript (JSEP): ``docs/webgpu-operators.md`` of the
+package. The one in C++ that ``onnxruntime-web/webgpu`` loads has no such table, and has more."""

@@ -140,9 +140,9 @@ def trace_flat(
     }
     tidy(model, parameters=parameters, input_names=names, output_names=flat.outputs.names)
     remarks += label_shapes(model, dims, shapes)
-    config = getattr(module, "config", None)
-    if hasattr(config, "to_json_string"):
-        stated = json.loads(config.to_json_string())
+    as_json = getattr(getattr(module, "config", None), "to_json_string", None)
+    if as_json is not None:
+        stated = json.loads(as_json())
         model.meta[CONFIG_KEY] = json.dumps({**stated, "architectures": [type(module).__name__]})
     return Traced(model=model, outputs=flat.outputs, remarks=remarks)
 

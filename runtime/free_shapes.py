@@ -208,6 +208,8 @@ def _operand_shares(node: ir.Node, inputs: Sequence[ir.Value | None]) -> Iterato
             continue
         if after is None or before is None or after.const_value is None or before.const_value is None:
             raise _FixedError(f"{node.op_type} '{node.outputs[0].name}' is given a size that is computed")
+        if after.const_value.shape != before.const_value.shape:
+            raise _FixedError(f"{node.op_type} '{node.outputs[0].name}' is given sizes in another form")
         yield index, _data(before) - _data(after)
 
 

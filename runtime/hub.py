@@ -136,7 +136,7 @@ def _is_half(value: ir.Value | None) -> bool:
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """The initializer that a weight is made of, and whether it is scaled to float16; None if there is none."""
+    """The initializer that a weight is made of, None if there is none, and whether its scales are float16."""
     half = False
     while value is not None and (node := value.producer()) is not None and node.op_type in _BETWEEN:
         half = half or (node.op_type == "DequantizeLinear" and _is_half(node.inputs[1]))

@@ -49,7 +49,7 @@ class WeightSensitivity:
             raise InputError("sensitivities are measured on inputs, and there are none")
         self._samples = samples
         self._outputs = _measured_outputs(model)
-        self._dense = {name: np.ascontiguousarray(_constant(model, name).numpy()) for name in weights}
+        self._dense = {name: np.asarray(_constant(model, name).numpy(), order="C") for name in weights}
         self._session, self._shared = _open(model, weights, self._outputs)
         self._reference = [
             {name: self._measure(name, _kept_rows(array, feeds, len(samples))) for name, array in outputs}
@@ -89,7 +89,7 @@ class WeightSensitivity:
 
     def _run(self, feeds: Feeds, changed: Mapping[str, Array]) -> dict[str, Array]:
         weights = {
-            name: np.ascontiguousarray(changed[name], dtype=dense.dtype) if name in changed else dense
+            name: np.asarray(changed[name], dense.dtype, order="C") if name in changed else dense
             for name, dense in self._dense.items()
         }
         return run_session(self._session, {**feeds, **weights})

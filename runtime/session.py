@@ -92,7 +92,7 @@ class Session:
 
     def value(self, array: Array) -> onnxruntime.OrtValue:
         """A copy of an array where onnxruntime keeps its own."""
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
 
     def run_values(
         self, given: Mapping[str, Array | onnxruntime.OrtValue]
@@ -103,7 +103,7 @@ class Session:
             if isinstance(value, onnxruntime.OrtValue):
                 binding.bind_ortvalue_input(name, value)
             else:
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                binding.bind_cpu_input(name, np.asarray(value, order="C"))
         for name in self.output_names:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
@@ -255,7 +255,7 @@ def serialize_sharing_weights(
         tensor = value.const_value
         if tensor is None or not _goes_beside(tensor):
             continue
-        array = np.ascontiguousarray(tensor.numpy())
+        array = np.asarray(tensor.numpy(), order="C")
         weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         if in_place and is_read_in_place(value):
             options.add_initializer(name, weights[name])

@@ -66,7 +66,7 @@ class Awq:
         count = len(scales)
         if len(integers) != in_features or scales.shape != zero_points.shape or in_features % count:
             raise ModelError(
-                f"{layer}: expected qweight of {in_features} inputs, and scales and zero points of groups that "
+                f"{layer}: expected qweight of {in_features} inputs, scales and zero points of groups that "
                 f"divide them, found {len(integers)}, {list(scales.shape)} and {list(zero_points.shape)}"
             )
         groups = np.arange(in_features) // (in_features // count)

@@ -30,7 +30,8 @@ def unpack(words: npt.NDArray[Any], bits: int, count: int) -> Bytes:
         fields = (data[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
         return fields.reshape(len(data), -1)[:, :count]
     each_bit = np.unpackbits(data, axis=1, count=count * bits, bitorder="little")
-    return np.packbits(each_bit.reshape(-1, count, bits), axis=2, bitorder="little")[:, :, 0]
+    bytes_of_fields = np.packbits(each_bit.reshape(-1, count, bits), axis=2, bitorder="little")
+    return bytes_of_fields.reshape(-1, count)
 
 
 def unpack_whole(words: npt.NDArray[Any], bits: int, count: int) -> Bytes:
@@ -38,7 +39,8 @@ def unpack_whole(words: npt.NDArray[Any], bits: int, count: int) -> Bytes:
     width = 8 * words.dtype.itemsize
     shifts = np.arange(width // bits) * bits
     fields = (words[:, :, None] >> shifts.astype(words.dtype)) & np.array((1 << bits) - 1, words.dtype)
-    return fields.reshape(len(words), -1)[:, :count].astype(np.uint8)
+    whole: Bytes = fields.reshape(len(words), -1)[:, :count].astype(np.uint8)
+    return whole
 
 
 def add_one_to_each(words: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
@@ -48,4 +50,5 @@ def add_one_to_each(words: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
     """
     ones = sum(1 << shift for shift in range(0, 8 * words.dtype.itemsize, bits))
     unsigned = words.view(np.dtype(f"u{words.dtype.itemsize}"))
-    return unsigned + np.array(ones, unsigned.dtype)
+    added: npt.NDArray[Any] = unsigned + np.array(ones, unsigned.dtype)
+    return added

@@ -59,7 +59,8 @@ class CompressedTensors:
         unknown = sorted(formats - set(_FORMATS))
         if unknown:
             raise ModelError(
-                f"{source}: expected the compressed-tensors formats {', '.join(_FORMATS)}, found {unknown[0]!r}",
+                f"{source}: expected a compressed-tensors format of {', '.join(_FORMATS)}, "
+                f"found {unknown[0]!r}",
                 hint="quantise the float model with planish",
             )
         sparse = config.get("sparsity_config") or {}

@@ -53,13 +53,14 @@ def empty_decoder(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     """
     from transformers import AutoModelForCausalLM  # optional dependency
 
+    build: Any = AutoModelForCausalLM.from_config
     config = copy.deepcopy(config)
     for name in ("quantization_config", "compression_config"):
         if hasattr(config, name):
             delattr(config, name)
     try:
         with _parameters_on_meta():
-            module: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            module: torch.nn.Module = build(config, dtype=dtype)
     except ValueError as error:
         raise ModelError(
             f"transformers has no causal language model for {type(config).__name__}",
@@ -114,12 +115,13 @@ def _bias(
 def _features(linear: torch.nn.Module | None, layer: str, module: torch.nn.Module) -> tuple[int, int]:
     if isinstance(linear, torch.nn.Linear):
         return linear.in_features, linear.out_features
-    if type(linear).__name__ == "Conv1D" and linear is not None:  # GPT-2's linear, [K, N]
-        in_features, out_features = linear.weight.shape
+    if linear is not None and type(linear).__name__ == "Conv1D":  # GPT-2's linear, [K, N]
+        in_features, out_features = linear.get_parameter("weight").shape
         return in_features, out_features
     found = "no such module" if linear is None else f"a {type(linear).__name__}"
+    expected = f"a linear of {type(module).__name__}"
     raise ModelError(
-        f"{layer} is quantised in the checkpoint; expected a linear of {type(module).__name__}, found {found}",
+        f"{layer} is quantised in the checkpoint: expected {expected}, found {found}",
         hint="experts that the model stacks into one tensor and quantised embeddings are not read",
     )
 

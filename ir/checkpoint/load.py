@@ -89,8 +89,8 @@ def _open(
 ) -> tuple[Tensors, Any, Mapping[str, Any] | None]:
     """The tensors, transformers' configuration, and what it says of quantisation."""
     if isinstance(source, torch.nn.Module):
-        config = getattr(source, "config", None)
-        found = getattr(config, "quantization_config", None)
+        config: Any = getattr(source, "config", None)
+        found: Any = getattr(config, "quantization_config", None)
         return Tensors.of_module(source), config, found.to_dict() if hasattr(found, "to_dict") else found
     folder = Path(source)
     quantization = read_quantization_config(folder)

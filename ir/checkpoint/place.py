@@ -46,7 +46,7 @@ class Placement:
         if key not in self._permuted:
             build = GraphBuilder(f"{linear.name}.input")
             permuted = build.op("Gather", x, build.constant(stored.order, "order"), axis=-1)
-            permuted.dtype, permuted.shape = x.dtype, x.shape
+            permuted.type, permuted.shape = x.type, x.shape
             self._register(build)
             self._model.graph.insert_before(linear.node, build.nodes)
             self._permuted[key] = permuted

@@ -175,7 +175,7 @@ def _transpose(node: ir.Node, operands: Operands, limit: int) -> Array | None:
     if data is None or data.size > limit:
         return None
     permutation = node.attributes.get("perm")
-    return np.ascontiguousarray(data.transpose(None if permutation is None else permutation.as_ints()))
+    return np.asarray(data.transpose(None if permutation is None else permutation.as_ints()), order="C")
 
 
 def _concat(node: ir.Node, operands: Operands, limit: int) -> Array | None:
@@ -200,7 +200,7 @@ def _slice(node: ir.Node, operands: Operands, limit: int) -> Array | None:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index[axis] = slice(start, end, step)
     view = data[tuple(index)]
-    return None if view.size > limit else np.ascontiguousarray(view)
+    return None if view.size > limit else np.asarray(view, order="C")
 
 
 def _gather(node: ir.Node, operands: Operands, limit: int) -> Array | None:
@@ -222,7 +222,7 @@ def _expand(node: ir.Node, operands: Operands, limit: int) -> Array | None:
     if data is None or shape is None:
         return None
     target = np.broadcast_shapes(data.shape, tuple(int(dim) for dim in shape))
-    return None if math.prod(target) > limit else np.ascontiguousarray(np.broadcast_to(data, target))
+    return None if math.prod(target) > limit else np.asarray(np.broadcast_to(data, target), order="C")
 
 
 def _tile(node: ir.Node, operands: Operands, limit: int) -> Array | None:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
+from ...codegen.torch_fx.tensors import from_array
 from ...ir import release
 from ...ir.errors import PassError
 from .algorithms.rtn import round_to_nearest
@@ -54,7 +56,10 @@ class _Rounded:
 
     def __init__(self, name: str, values: npt.NDArray[Any], grid: Grid) -> None:
         rows, columns = values.shape
-        self._name, self._values, self._grid = name, values, grid
+        self._name, self._grid = name, grid
+        # [N, K], in the memory that the values have: torch widens 16 bits eight times as fast as numpy.
+        by_columns = values.flags.f_contiguous
+        self._weight = from_array(values.T) if by_columns else from_array(values).T
         dtype, blocks = np.int8 if grid.symmetric else np.uint8, rows // (grid.block_size or rows)
         self._integers = np.empty((rows, columns), dtype, order="F")
         self._scale = np.empty((blocks, columns), grid.scale_dtype)
@@ -63,7 +68,10 @@ class _Rounded:
     def fill(self, columns: tuple[int, int]) -> tuple[float, float]:
         """Round some columns; gives the sums of their squared errors and squares."""
         part = (slice(None), slice(*columns))
-        weight = self._values[part].astype(np.float32, order="F")
+        columns_first = self._weight[slice(*columns)].to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format
+        )
+        weight = columns_first.numpy().T
         if not np.isfinite(weight).all():
             raise PassError(
                 f"quantize: weight {self._name!r} holds NaN or infinity",

@@ -70,7 +70,7 @@ class Runner:
             InputError: onnxruntime fails.
         """
         for name in given.keys() & self.inputs:
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+            self._binding.bind_cpu_input(name, np.asarray(given[name], order="C"))
         for past in self._growing:
             self._binding.bind_ortvalue_input(past, self._cache.buffers[past])
         buffers = self._of_one_token if given[_IDS].shape[1] == 1 else None

@@ -23,9 +23,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (2, 12))
     ],
 )
 def test_a_decoder_has_the_same_logits(passes, tmp_path):
-    compiled = planish.compile(
-        traced_llama(), passes, target="portable", calibration=[{"input_ids": IDS}]
-    )
+    compiled = planish.compile(traced_llama(), passes, target="portable", calibration=[{"input_ids": IDS}])
     feeds = completed({"input_ids": IDS}, compiled.bound.model)
     file = compiled.save(tmp_path / "llama.onnx")
     hints = {"EXECUTION_MODE_HINT": "ACCURACY"}

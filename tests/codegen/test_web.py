@@ -22,9 +22,7 @@ def test_an_op_counts_by_the_version_of_its_definition():
     new, old = (web_support(graph(nodes, opset), "webgpu") for opset in (23, 21))
     assert new.unsupported == {"Transpose-23": 2}
     assert not new.complete
-    assert str(new) == (
-        f"webgpu of onnxruntime-web {VERSION} has no kernel for 2 of 3 nodes: 2 Transpose-23"
-    )
+    assert str(new) == (f"webgpu of onnxruntime-web {VERSION} has no kernel for 2 of 3 nodes: 2 Transpose-23")
     assert old.complete
     assert str(old) == f"webgpu of onnxruntime-web {VERSION} has kernels for all 3 nodes"
     assert web_support(graph(nodes), "wasm").complete

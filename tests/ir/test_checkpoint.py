@@ -1,4 +1,4 @@
-"""Whole checkpoints: what is read gives the logits of the float model with dequantised weights, and compiles."""
+"""Whole checkpoints: they have the logits of the float model with dequantised weights, and compile."""
 
 import dataclasses
 import json
@@ -272,7 +272,7 @@ def test_tensors_that_nothing_takes_are_said(small) -> None:
         ),
         (
             lambda tensors: tensors.update({"model.layers.0.mlp.experts.0.qweight": torch.ones(1)}),
-            "model.layers.0.mlp.experts.0 is quantised in the checkpoint; .* found no such module",
+            "model.layers.0.mlp.experts.0 is quantised in the checkpoint: .* found no such module",
         ),
         (
             lambda tensors: tensors.update({"model.embed_tokens.qweight": torch.ones(1)}),
@@ -313,7 +313,7 @@ def test_folders_that_are_no_checkpoint(small, tmp_path) -> None:
     with pytest.raises(ModelError, match="is damaged"):
         planish.load_checkpoint(small)
     (small / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="expected model.safetensors or another"):
+    with pytest.raises(ModelError, match=r"expected model\.safetensors or another"):
         planish.load_checkpoint(small)
     (small / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
     with pytest.raises(ModelError, match=r"b.safetensors does not exist"):

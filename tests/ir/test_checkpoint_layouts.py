@@ -309,7 +309,9 @@ def test_what_is_not_read_is_said(kind, config, message):
 
 def damaged(**changes) -> dict:
     layer = checkpoints.random_layer((OUTPUTS, INPUTS), bits=4, group_size=32)
-    return {name: array for name, array in (checkpoints.gptq(layer, 4) | changes).items() if array is not None}
+    return {
+        name: array for name, array in (checkpoints.gptq(layer, 4) | changes).items() if array is not None
+    }
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_source_folder_gives_its_configuration_and_its_tokenizer(tmp_path):
     assert (folder / "tokenizer.json").is_file()
     compiled().save_hub(folder, config=transformers.LlamaConfig(vocab_size=5))
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 5
-    with pytest.raises(InputError, match="expected a folder with config.json"):
+    with pytest.raises(InputError, match=r"expected a folder with config\.json"):
         compiled().save_hub(folder, config=tmp_path)
 
 
