@@ -17,6 +17,7 @@ from .codegen import get_target
 from .codegen.machine import cache_directory
 from .codegen.target import Target
 from .ir import load
+from .ir.checkpoint import load_checkpoint
 from .ir.content_hash import content_hash
 from .ir.errors import InputError, PipelineError
 from .ir.outline import ModelOutline
@@ -80,8 +81,8 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
 
     Args:
         model: a torch module (needs ``example_inputs``, except transformers' causal language models, which
-            are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, or an ONNX
-            model in memory. It is not changed.
+            are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, the folder of
+            a quantised checkpoint (see `load_checkpoint`), or an ONNX model in memory. It is not changed.
         passes: pass objects, names, `onnx_ir` passes, a list of those, a text pipeline such as
             ``"canonicalize,fuse,quantize{scheme=W8A8}"``, or the path (`pathlib.Path`) of a recipe, which may
             say the target and the seed, too. By default canonicalize and fuse.
@@ -202,9 +203,10 @@ def _read(
         graph = trace(model, example_inputs, dynamic_shapes=dynamic_shapes)
         signature: Signature = graph.meta["planish.signature"]
         return graph, signature, _module_feeds(signature, example_inputs)
-    graph = load(model)
+    is_checkpoint = isinstance(model, str | os.PathLike) and (Path(model) / "config.json").is_file()
+    graph = load_checkpoint(model) if is_checkpoint else load(model)
     if example_inputs is None:
-        return graph, None, ()
+        return graph, graph.meta.get("planish.signature") if is_checkpoint else None, ()
     if not isinstance(example_inputs, Mapping):
         raise InputError(
             "example_inputs of an ONNX model: expected a dict of arrays, "

@@ -139,7 +139,7 @@ def main() -> None:
     lines = [
         "# Models larger than memory should be",
         "",
-        f"`python benchmarks/scale.py`; {os.cpu_count()} cores. Random decoders of Llama's shapes in float16; "
+        f"`python benchmarks/scale.py`; {os.cpu_count()} cores. Decoders of Llama's shapes in float16; "
         "target onnxruntime-cpu. A copy is that of the input, written through to the disk.",
         "",
         "| shape | GB | passes | GB after | s | copy, s | GB/s | × copy | resident | anonymous |",

@@ -25,7 +25,7 @@ def content_hash(model: ir.Model) -> str:
 
 
 def graph_hash(model: ir.Model) -> str:
-    """SHA-256 of all that a model computes: nodes in their order, names, attributes, functions and weights."""
+    """SHA-256 of all that a model computes: nodes in order, names, attributes, functions and weights."""
     digest = hashlib.sha256(content_hash(model).encode())
     interface = [
         [(value.name, str(value.dtype), str(value.shape)) for value in values]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -125,7 +126,7 @@ def _signature(version: int, op_type: str) -> _Signature | None:
     return _Signature(
         inputs=[operand(each) for each in schema.inputs],
         outputs=[operand(each) for each in schema.outputs],
-        attributes={name: each.type.value for name, each in schema.attributes.items()},
+        attributes={name: cast(Any, each.type).value for name, each in schema.attributes.items()},
         required=frozenset(name for name, each in schema.attributes.items() if each.required),
         counts=(
             range(schema.min_input, schema.max_input + 1),

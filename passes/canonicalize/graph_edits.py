@@ -129,8 +129,10 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir
 
 
 def shape_constant(graph: ir.Graph, entries: Sequence[int]) -> ir.Value:
-    """The int64 vector ``entries``, one initializer for all who ask for it."""
+    """The int64 vector ``entries``, one initializer for all nodes of the graph who ask for it."""
     name = "planish.shape." + "x".join(str(entry) for entry in entries)
+    if not graph.opset_imports:  # a subgraph, which sees the names of the graphs around it
+        name += f".{graph[0].outputs[0].name}"
     existing = graph.initializers.get(name)
     if existing is not None and integers(existing) == list(entries):
         return existing

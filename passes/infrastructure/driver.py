@@ -16,7 +16,7 @@ from ...ir import clone
 from ...ir.content_hash import graph_hash
 from ...ir.errors import NothingCoveredError, PassError, PlanishError
 from ...runtime.calibration import CalibrationData
-from ...runtime.calibration.data import fitted
+from ...runtime.calibration.data import fitted, input_types
 from ...runtime.work_cache import Work, WorkCache, without_cache, work_key
 from .base import Contract, Feeds, Pass, PassContext, PassResult, ProgressHook
 from .facts import facts_after, facts_of, set_facts
@@ -141,7 +141,7 @@ class _Run:
 
     def _step(self, pass_: Pass, model: ir.Model) -> Mapping[str, ir.Model]:
         """Run one pass unless an instrument is against it; gives the alternatives."""
-        run, names = self.runs_of[pass_.name], _input_types(model)
+        run, names = self.runs_of[pass_.name], input_types(model)
         self.runs_of[pass_.name] += 1
         with contextlib.ExitStack() as stack:
             context = PassContext(
@@ -161,7 +161,7 @@ class _Run:
                 return {}
             report, result = _run_pass(invocation, model, self.instruments)
         self.reports += (report,)
-        if _input_types(model) != names:
+        if input_types(model) != names:
             self.inputs = self.inputs.fitted(model)
         return result.alternatives
 
@@ -174,10 +174,6 @@ class _Run:
         key = work_key(model, data, self.seed, run, original and graph_hash(original))
         about = {"pass": pass_.name, "pipeline": str(self.pipeline), "model": str(model.graph.name)}
         return self.cache.opened(pass_.name, key, about)
-
-
-def _input_types(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
-    return [(value.name, value.dtype, str(value.shape)) for value in model.graph.inputs]
 
 
 def _run_pass(

@@ -61,14 +61,14 @@ class KVCache(Pass):
             raise PassError(f"kv-cache: past_key_values.{done.index} is quantised already")
         stream = ctx.activation_stream(model)
         grids = [self._grids(layer, stream) for layer in ctx.progress(layers, "observe keys and values")]
+        caches = [value for layer in layers for value in (layer.present_key, layer.present_value)]
+        names = frozenset(str(value.name) for value in caches)  # which go over to the new nodes
         for layer, pair in zip(layers, grids, strict=True):
             self._replace(model, layer, pair)
         return PassResult(
             modified=True,
             coverage=Coverage(unit="layers of the cache", covered=len(layers)),
-            redefined_outputs=frozenset(
-                str(value.name) for layer in layers for value in (layer.present_key, layer.present_value)
-            ),
+            redefined_outputs=names,
         )
 
     def _grids(self, layer: CachedLayer, stream: ActivationStream) -> list[npt.NDArray[np.float32]]:

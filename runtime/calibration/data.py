@@ -116,6 +116,11 @@ def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
     return completed(kept, model)
 
 
+def input_types(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
+    """Names, types and shapes of a graph's inputs: where they are the same, feeds of one graph fit the other."""
+    return [(value.name, value.dtype, str(value.shape)) for value in model.graph.inputs]
+
+
 def _fits(array: Array, value: ir.Value) -> bool:
     shape = value.shape
     if value.dtype is not None and array.dtype != value.dtype.numpy():

@@ -117,6 +117,11 @@ def test_what_is_read_compiles_binds_kernels_and_generates(act_order, loaded) ->
     np.testing.assert_array_equal(compiled.generate(IDS[:1], 8), theirs)
 
 
+def test_a_folder_is_compiled_and_called_as_a_module(act_order) -> None:
+    compiled = planish.compile(act_order[0], "canonicalize,fuse", target=TARGET)
+    assert_close(compiled(torch.from_numpy(IDS)).logits.numpy(), expected(act_order[1]))
+
+
 def test_the_model_is_called_as_a_traced_one(act_order, loaded) -> None:
     traced = planish.trace_causal_lm(act_order[1])
     assert [value.name for value in loaded.graph.inputs] == [value.name for value in traced.graph.inputs]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ....ir.errors import ContractError
-from ....runtime.calibration.data import fitted
+from ....runtime.calibration.data import fitted, input_types
 from ....runtime.example_inputs import example_inputs
 from ....runtime.localize import TensorDifference, first_difference, relative_error
 from ....runtime.measure import difference
@@ -185,7 +185,12 @@ def _violation(
     is_exact = pass_.contract is Contract.EXACT
     # What an approximate pass changes is its right; only the tensor that stops being finite is of interest.
     tolerance = pass_.tolerance if is_exact else sys.float_info.max
-    first = first_difference(before, after, feeds, tolerance=tolerance, outputs=[broken.name])
+    takes_same = input_types(before) == input_types(after)
+    first = (
+        first_difference(before, after, feeds, tolerance=tolerance, outputs=[broken.name])
+        if takes_same
+        else None
+    )
     where = f"first difference: {first}" if first else "no tensor that both graphs have differs before it"
     contract = f"exact to {pass_.tolerance:g}" if is_exact else "approximate"
     return ContractBrokenError(

@@ -168,7 +168,7 @@ def test_entropy_order_is_that_of_the_gains():
 
 
 def test_entropy_of_a_layer_in_which_tokens_are_joined():
-    """Two modules that one layer holds, with half as many tokens in the second: each has a gain of its own."""
+    """Two modules that one layer holds, half as many tokens in the second: each has a gain of its own."""
     first = block(0, "x", "s0")
     second = (
         'p = Reshape (s0, pairs) q = ReduceMean <keepdims = 0> (p, axis) a1 = MatMul (q, "layers.0.v.weight")'
