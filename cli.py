@@ -252,9 +252,10 @@ def compile_command(
     if report:
         text = json.dumps(compiled.report.as_dict(), indent=2, ensure_ascii=False)
         write_text(report, text + "\n")
-    facts = compiled.model.metadata_props
-    used = dataclasses.replace(chosen, target=target, seed=seed, source=facts[SOURCE])
-    write_text(_recipe_path(output), used.to_yaml())
+    if bisect_limit is None:
+        source = compiled.model.metadata_props[SOURCE]
+        used = dataclasses.replace(chosen, target=target, seed=seed, source=source)
+        write_text(_recipe_path(output), used.to_yaml())
     before = file_bytes(model)
     for path in (*others, written):
         after = file_bytes(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 out = Console()
@@ -41,11 +42,11 @@ def list_entries() -> None:
     for entry in entries:
         about = entry.about
         table.add_row(
-            about.get("pass", entry.path.name),
-            about.get("model", ""),
+            escape(about.get("pass", entry.path.name)),
+            escape(about.get("model", "")),
             format_bytes(entry.bytes),
             f"{_duration(age(entry))} ago",
-            about.get("pipeline", ""),
+            escape(about.get("pipeline", "")),
         )
     out.print(table)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +82,8 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
 
     Args:
         model: a torch module (needs ``example_inputs``, except transformers' causal language models, which
-            are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, the folder of
-            a quantised checkpoint (see `load_checkpoint`), or an ONNX model in memory. It is not changed.
+            are traced with their key-value cache), an `ExportedProgram`, a path to an ONNX file, the folder
+            of a quantised checkpoint (see `load_checkpoint`), or an ONNX model in memory. It is not changed.
         passes: pass objects, names, `onnx_ir` passes, a list of those, a text pipeline such as
             ``"canonicalize,fuse,quantize{scheme=W8A8}"``, or the path (`pathlib.Path`) of a recipe, which may
             say the target and the seed, too. By default canonicalize and fuse.
@@ -172,8 +173,11 @@ def _spill_folder(graph: ir.Model) -> Path | None:
     if size_of(graph)[1] < _LARGE:
         return None
     folder = cache_directory()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _bind(

@@ -26,7 +26,19 @@ Feeds = dict[str, Array]
 
 MADE = ("tokens", "tokens", "decoder", "image", "image", "rows")
 """Families of made graphs, as often as they are to be drawn."""
-TRACED = ("Llama", "GPT-2", "Qwen3", "Gemma 3", "Mistral", "Phi-3", "BERT", "ViT", "ResNet")
+TRACED = (
+    "Llama",
+    "Llama",
+    "GPT-2",
+    "Qwen3",
+    "Gemma 3",
+    "Mistral",
+    "Mistral",
+    "Phi-3",
+    "BERT",
+    "ViT",
+    "ResNet",
+)
 """Architectures of `architectures` that are traced once and get new weights in each case."""
 VOCABULARY = 40
 OPSETS = (23, 23, 23, 23, 22, 21, 20, 18, 17)
@@ -102,7 +114,7 @@ def random_model(seed: int, *, only: Collection[int] | None = None, traced: bool
         traced: whether architectures may be drawn, which take seconds to trace.
     """
     rng = np.random.default_rng(seed)
-    if traced and rng.random() < 0.12:
+    if traced and rng.random() < 0.2:
         return traced_model(TRACED[int(rng.integers(len(TRACED)))], seed)
     family = MADE[int(rng.integers(len(MADE)))]
     maker = GraphMaker(

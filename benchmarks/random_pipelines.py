@@ -183,7 +183,7 @@ OFTEN = {"canonicalize": 1, "fuse": 6, "quantize": 6, "rotate": 3, "fold-norms":
 OF_CACHES = frozenset(
     {"center-cache", "evict", "group-queries", "kv-cache", "last-logits", "raise-cache", "window"}
 )
-"""Passes that do nothing without a key-value cache, and are drawn seldom there."""
+"""Passes that do nothing without a key-value cache: drawn often where there is one, and seldom elsewhere."""
 
 
 def random_pipeline(seed: int, *, has_cache: bool) -> Pipeline:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .external import release
-from .walk import all_nodes
+from .walk import all_graphs
 
 
 def content_hash(model: ir.Model) -> str:
@@ -27,30 +27,42 @@ def content_hash(model: ir.Model) -> str:
 def graph_hash(model: ir.Model) -> str:
     """SHA-256 of all that a model computes: nodes in order, names, attributes, functions and weights."""
     digest = hashlib.sha256(content_hash(model).encode())
-    interface = [
-        [(value.name, str(value.dtype), str(value.shape)) for value in values]
-        for values in (model.graph.inputs, model.graph.outputs)
-    ]
-    digest.update(repr((interface, sorted(model.opset_imports.items()))).encode())
-    for node in all_nodes(model):
-        digest.update(_described(node).encode())
+    digest.update(repr(sorted(model.opset_imports.items())).encode())
+    for graph in all_graphs(model):
+        interface = [
+            [(value.name, str(value.dtype), str(value.shape)) for value in values]
+            for values in (graph.inputs, graph.outputs)
+        ]
+        digest.update(f"graph {graph.name} {interface}".encode())
+        if graph is not model.graph:
+            for name, value in graph.initializers.items():
+                digest.update(b"" if value.const_value is None else _tensor_hash((name, value.const_value)))
+        for node in graph:
+            digest.update(_described(node).encode())
+    for key, function in model.functions.items():
+        digest.update(f"function {key} {[value.name for value in function.inputs]}".encode())
+        digest.update(repr([value.name for value in function.outputs]).encode())
+        for node in function.all_nodes():
+            digest.update(_described(node).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
 def _described(node: ir.Node) -> str:
-    operands = [
-        [None if value is None else value.name for value in values] for values in (node.inputs, node.outputs)
-    ]
+    operands = [[value and value.name for value in values] for values in (node.inputs, node.outputs)]
     attributes = sorted((name, _attribute(attribute)) for name, attribute in node.attributes.items())
     return repr((node.domain, node.op_type, node.overload, node.name, operands, attributes))
 
 
 def _attribute(attribute: ir.Attr) -> str:
+    if attribute.is_ref():
+        return f"reference to {attribute.ref_attr_name}"
     match attribute.type:
         case ir.AttributeType.TENSOR:
             return _tensor_hash(("", attribute.as_tensor())).hex()
+        case ir.AttributeType.TENSORS:
+            return "".join(_tensor_hash(("", tensor)).hex() for tensor in attribute.as_tensors())
         case ir.AttributeType.GRAPH | ir.AttributeType.GRAPHS:
-            return str(attribute.type)  # their nodes are among all nodes
+            return str(attribute.type)  # graphs are hashed by themselves
         case _:
             return repr(attribute.value)
 

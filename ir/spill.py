@@ -3,7 +3,7 @@
     with spilling(folder):
         tensor = ir.Tensor(kept(array))   # the array's numbers, which memory can let go of
 
-The file has no name: the system deletes it when the last tensor in it is gone, and when the process is
+Files have no names: the system deletes one when the last tensor in it is gone, and when the process is
 killed. Outside of such a block `kept` gives the array itself.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import mmap
-import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,35 +21,68 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ModelError
+
 _SMALLEST = 1 << 20
 """Bytes of an array from which on it is written."""
-_active: contextvars.ContextVar[_File | None] = contextvars.ContextVar("spill", default=None)
+_EXTENT = 1 << 30
+"""Bytes of a file. What is not written takes no room on the disk."""
+_active: contextvars.ContextVar[_Spill | None] = contextvars.ContextVar("spill", default=None)
 
 
-class _File:
-    """A file that grows."""
+class _Extent:
+    """A file of a fixed size, mapped once: a map of its own for every array would take a descriptor each."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
         self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix="planish-")  # noqa: SIM115
-        self._end, self._lock = 0, threading.Lock()
+        self._file.truncate(size)
+        self._mapping = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+        self._size, self._end = size, 0
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many bytes can be appended."""
+        return self._end + count <= self._size
 
     def append(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Write an array; gives a view of it in the file."""
-        data = array.reshape(-1).view(np.uint8).data
-        with self._lock:
-            start = self._end
-            self._end += -(-data.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        written = 0
-        while written < data.nbytes:
-            written += os.pwrite(self._file.fileno(), data[written:], start + written)
-        mapping = mmap.mmap(self._file.fileno(), data.nbytes, access=mmap.ACCESS_READ, offset=start)
-        return np.frombuffer(mapping, array.dtype).reshape(array.shape)
+        start = self._end
+        self._file.seek(start)
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        self._file.flush()
+        self._end = start + -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        data = np.frombuffer(self._mapping, np.uint8, array.nbytes, start)
+        return data.view(array.dtype).reshape(array.shape)
+
+
+class _Spill:
+    """Extents of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lock = folder, threading.Lock()
+        self._extent: _Extent | None = None
+
+    def append(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Write an array; gives a view of it in a file.
+
+        Raises:
+            ModelError: the folder cannot be written, or the disk is full.
+        """
+        try:
+            with self._lock:
+                if self._extent is None or not self._extent.has_room(array.nbytes):
+                    self._extent = _Extent(self._folder, max(_EXTENT, array.nbytes))
+                return self._extent.append(array)
+        except OSError as error:
+            raise ModelError(
+                f"new weights cannot be kept in {self._folder}: {error.strerror or error}",
+                hint="free disk space, or name another folder in PLANISH_CACHE_DIR",
+            ) from error
 
 
 @contextlib.contextmanager
 def spilling(folder: Path | None) -> Iterator[None]:
-    """Keep large new weights in a file of that folder; None: in memory, as outside of the block."""
-    token = _active.set(None if folder is None else _File(folder))
+    """Keep large new weights in files of that folder; None: in memory, as outside of the block."""
+    token = _active.set(None if folder is None else _Spill(folder))
     try:
         yield
     finally:
@@ -59,7 +91,7 @@ def spilling(folder: Path | None) -> Iterator[None]:
 
 def kept(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The array, or its numbers in the file."""
-    file = _active.get()
-    if file is None or array.nbytes < _SMALLEST:
+    spill = _active.get()
+    if spill is None or array.nbytes < _SMALLEST:
         return array
-    return file.append(np.ascontiguousarray(array))
+    return spill.append(np.ascontiguousarray(array))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -104,15 +105,10 @@ class TorchSession:
             raise InputError(
                 f"inputs do not match the model: expected {list(self._arguments)}, found {list(tensors)}"
             )
-        try:
+        with _named(tensors):
             outputs: dict[str, torch.Tensor] = self.module(
                 **{self._arguments[name]: tensor for name, tensor in tensors.items()}
             )
-        except (RuntimeError, IndexError, ValueError) as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-            raise InputError(
-                f"torch could not run the model on inputs {shapes}: {first_line(error)}"
-            ) from error
         return outputs
 
     def value(self, array: Array) -> TorchValue:
@@ -139,13 +135,15 @@ class TorchSession:
         if self._step_module is None or len(lengths) > 1:
             return None
         tensors = {name: value.tensor for name, value in caches.items()}
-        return TorchStep(
-            self._step_module, tensors, {name: self._tensor(array) for name, array in tokens.items()}
-        )
+        given = {name: self._tensor(array) for name, array in tokens.items()}
+        with _named({**tensors, **given}):
+            return TorchStep(self._step_module, tensors, given)
 
     def run_step(self, step: TorchStep, tokens: Mapping[str, Array]) -> dict[str, TorchValue]:
         """Run the next token; its outputs are overwritten by the one after it."""
-        outputs = step.run({name: self._tensor(array) for name, array in tokens.items()})
+        given = {name: self._tensor(array) for name, array in tokens.items()}
+        with _named(given):
+            outputs = step.run(given)
         return {name: TorchValue(tensor) for name, tensor in outputs.items()}
 
     def repeatable(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
@@ -164,3 +162,13 @@ class TorchSession:
     def _tensor(self, value: Array | torch.Tensor) -> torch.Tensor:
         tensor = value if isinstance(value, torch.Tensor) else from_array(np.asarray(value))
         return tensor.to(self._device)
+
+
+@contextlib.contextmanager
+def _named(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Say what torch was run on where it fails."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise InputError(f"torch could not run the model on inputs {shapes}: {first_line(error)}") from error

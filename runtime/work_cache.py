@@ -39,6 +39,7 @@ import safetensors.numpy
 
 from ..codegen.machine import cache_directory
 from ..ir.content_hash import graph_hash
+from ..ir.errors import InputError
 from ..ir.files import write_whole
 from .calibration.data import Feeds
 
@@ -95,25 +96,28 @@ class Work:
         return self.folder / f"{digest[:40]}.result"
 
 
-FORGOTTEN = Work(Path(os.devnull), keeps=False)
-"""Of a pass that is run by itself: nothing is kept, and there is no folder."""
-
-
 def _packed(arrays: Mapping[str, Array]) -> bytes:
-    """Types that safetensors does not know are stored as bytes under ``name:type``."""
+    """Types that safetensors does not know are stored as bytes under ``name:type:shape``."""
     plain = {}
     for name, array in arrays.items():
-        known = array.dtype.name in _PLAIN
-        label = name if known else f"{name}:{array.dtype.name}"
-        plain[label] = np.asarray(array if known else array.view(np.uint8), order="C")
+        if array.dtype.name in _PLAIN:
+            plain[name] = np.asarray(array, order="C")
+        else:
+            shape = "x".join(map(str, array.shape))
+            plain[f"{name}:{array.dtype.name}:{shape}"] = np.frombuffer(array.tobytes(), np.uint8)
     return safetensors.numpy.save(plain)
 
 
 def _unpacked(stored: bytes) -> dict[str, Array]:
     arrays = {}
     for label, array in safetensors.numpy.load(stored).items():
-        name, _, dtype = label.partition(":")
-        arrays[name] = array.view(getattr(ml_dtypes, dtype)) if dtype else array
+        name, *stored_as = label.split(":")
+        if stored_as:
+            dtype, shape = stored_as
+            array = array.view(getattr(ml_dtypes, dtype)).reshape(
+                [int(size) for size in shape.split("x") if size]
+            )
+        arrays[name] = array
     return arrays
 
 
@@ -178,7 +182,7 @@ class WorkCache:
 
     def trim(self, limit: int | None = None) -> int:
         """Delete the oldest results beyond so many bytes, by default those of `LIMIT_VARIABLE` or 20 GB."""
-        limit = int(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT)) if limit is None else limit
+        limit = _limit() if limit is None else limit
         total, freed = 0, 0
         for entry in self.entries():
             total += entry.bytes
@@ -187,10 +191,18 @@ class WorkCache:
         return freed
 
 
+def _limit() -> int:
+    given = os.environ.get(LIMIT_VARIABLE, str(_DEFAULT_LIMIT))
+    if not given.isdecimal():
+        raise InputError(f"{LIMIT_VARIABLE}: expected a number of bytes, found {given!r}")
+    return int(given)
+
+
 def _entry(path: Path) -> Entry:
     about: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
-        about = json.loads((path / "about.json").read_text())
+        found = json.loads((path / "about.json").read_text())
+        about = {str(name): str(text) for name, text in found.items()} if isinstance(found, dict) else {}
     sizes, times = [0], [0.0]
     for file in path.rglob("*"):
         with contextlib.suppress(OSError):  # another process may be at work

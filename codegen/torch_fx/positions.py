@@ -56,17 +56,23 @@ _FOLLOWED = frozenset(
 
 
 def computed_from_integers(graph: ir.Graph) -> frozenset[ir.Node]:
-    """Nodes of `_FOLLOWED` ops whose operands are constants, integers, booleans, or come from such nodes."""
+    """Nodes of `_FOLLOWED` ops of integers, booleans and what such nodes give, and constants beside them."""
     found: set[ir.Node] = set()
     for node in graph:
         followed = node.domain == "" and node.op_type in _FOLLOWED
         typed = all(value.dtype is not None for value in node.outputs)
-        if followed and typed and all(_is_known(x, found) for x in node.inputs):
+        known = all(_is_constant(x) or _is_counted(x, found) for x in node.inputs)
+        if followed and typed and known and any(_is_counted(x, found) for x in node.inputs):
             found.add(node)
     return frozenset(found)
 
 
-def _is_known(value: ir.Value | None, found: set[ir.Node]) -> bool:
-    if value is None or value.producer() in found or ir.convenience.get_const_tensor(value) is not None:
-        return True
-    return value.dtype is not None and not value.dtype.is_floating_point()
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is None or ir.convenience.get_const_tensor(value) is not None
+
+
+def _is_counted(value: ir.Value | None, found: set[ir.Node]) -> bool:
+    """Whether a value is computed, of integers alone."""
+    if value is None or _is_constant(value):
+        return False
+    return value.producer() in found or (value.dtype is not None and not value.dtype.is_floating_point())

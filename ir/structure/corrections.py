@@ -103,9 +103,8 @@ def _slice(node: ir.Node, kept: Kept) -> None:
         if axis in shrinks:
             starts[position] = int(np.searchsorted(shrinks[axis], start))
             ends[position] = starts[position] + _size(node.outputs[0], axis, kept)
-    node.resize_inputs(5)
-    for position, entries in enumerate((starts, ends, list(cuts), [step for _, step in cuts.values()])):
-        node.replace_input_with(position + 1, shape_constant(node, entries))
+    node.replace_input_with(1, shape_constant(node, starts))
+    node.replace_input_with(2, shape_constant(node, ends))
 
 
 def _convolution(node: ir.Node, kept: Kept) -> None:

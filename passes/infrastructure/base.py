@@ -10,7 +10,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -19,7 +21,7 @@ import onnx_ir as ir
 from ...codegen.target import Target
 from ...ir.errors import InputError, PassError
 from ...runtime.calibration import ActivationStream
-from ...runtime.work_cache import FORGOTTEN, Work
+from ...runtime.work_cache import Work
 
 T = TypeVar("T")
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -181,11 +183,17 @@ class PassContext:
     def work(self, model: ir.Model) -> Work:
         """What is kept of this pass's long work on a model, for a run that goes on after it was killed.
 
+        Nothing is kept of a pass that is run by itself; its folder is gone with this context.
+
         Args:
             model: not rewritten yet; the first call decides.
         """
         if self._work is None:
-            self._work = FORGOTTEN if self._open_work is None else self._open_work(model)
+            if self._open_work is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="planish-")
+                self._work = Work(Path(self._temporary.name), keeps=False)
+            else:
+                self._work = self._open_work(model)
         return self._work
 
     def activation_stream(self, model: ir.Model, *, releases_weights: bool = False) -> ActivationStream:

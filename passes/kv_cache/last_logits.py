@@ -21,7 +21,7 @@ from ...ir.errors import PassError
 from ...ir.graph_builder import GraphBuilder
 from ...ir.ops import DOMAIN, LINEAR_OPS
 from ...ir.views.values import is_constant
-from ..infrastructure.base import Coverage, Fact, Pass, PassContext, PassResult
+from ..infrastructure.base import Coverage, Fact, Pass, PassContext, PassResult, Skipped
 
 _LOGITS = "logits"
 _BEHIND = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
@@ -44,6 +44,10 @@ class LastLogits(Pass):
                 f"last-logits: expected an output {_LOGITS!r} [batch, sequence, vocabulary], found "
                 f"{None if logits is None else logits.shape}"
             )
+        if logits.shape[1] == 1:
+            skipped = Skipped(_LOGITS, "they are of one token already")
+            coverage = Coverage(unit="outputs", covered=0, skipped=(skipped,))
+            return PassResult(modified=False, coverage=coverage)
         linear, between = _linear_of(logits)
         hidden = linear.inputs[0]
         assert hidden is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -81,26 +82,30 @@ class CalibratedQuantizer:
         streams = self._streams() if self._needs_data(plans) else None
         work = None if streams is None else self.ctx.work(self.model)
         errors: dict[str, LayerErrors] = {}
+        decided_by = hashlib.sha256(repr(self._options()).encode())
         for group in self.ctx.progress(_groups(plans), "quantize layers"):
+            # What a layer reads depends on how those before it were quantised, and on which of them were.
+            decided_by.update(repr(_decisions(group)).encode())
             if isinstance(group, ConvolutionPlan):
                 errors[group.convolution.name] = self._quantize_convolution(group, streams)
             elif streams is None or work is None:
                 for plan, result in self._results(group, None, self.ctx.remark):
                     errors |= self._apply([plan], [result])
             else:
-                errors |= self._quantize_on_data(group, streams, work)
+                errors |= self._quantize_on_data(group, streams, work, decided_by.hexdigest())
         return errors
 
+    def _options(self) -> tuple[object, ...]:
+        return (self.algorithm, self.compensate_rank, self.calibrator, self.percentile)
+
     def _quantize_on_data(
-        self, group: list[LayerPlan], streams: Streams, work: Work
+        self, group: list[LayerPlan], streams: Streams, work: Work, decided_by: str
     ) -> dict[str, LayerErrors]:
         """Quantise layers that share their input, or take what an earlier run found for them.
 
         The data moves on alike in both cases, so that what follows is the same to the last bit.
         """
         subject = ", ".join(plan.linear.name for plan in group)
-        options = (self.algorithm, self.compensate_rank, self.calibrator, self.percentile)
-        decided_by = repr((options, [(plan.scheme, plan.grid, plan.activations) for plan in group]))
         kept = work.recall(subject, decided_by)
         if kept is None:
             observed, statistics = self._observe(group, *streams)
@@ -228,6 +233,13 @@ class CalibratedQuantizer:
 
     def _remark(self, names: str) -> Callable[[str], None]:
         return lambda reason: self.ctx.remark(names, reason)
+
+
+def _decisions(group: list[LayerPlan] | ConvolutionPlan) -> list[tuple[object, ...]]:
+    """What was decided about layers before their weights are looked at."""
+    if isinstance(group, ConvolutionPlan):
+        return [(group.convolution.name, group.scheme, group.grid)]
+    return [(plan.linear.name, plan.scheme, plan.grid, plan.activations) for plan in group]
 
 
 def _rounded(plan: LayerPlan, grid: Grid) -> LayerResult:

@@ -117,7 +117,7 @@ def fitted(feeds: Feeds, model: ir.Model) -> Feeds:
 
 
 def input_types(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
-    """Names, types and shapes of a graph's inputs: where they are the same, feeds of one graph fit the other."""
+    """Names, types and shapes of a graph's inputs: feeds of one graph fit another where they are the same."""
     return [(value.name, value.dtype, str(value.shape)) for value in model.graph.inputs]
 
 

@@ -2,12 +2,14 @@
 
 import contextvars
 import gc
+import os
 import threading
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from planish.ir import ops, release
+from planish.ir.errors import ModelError
 from planish.ir.spill import kept, spilling
 
 
@@ -33,6 +35,22 @@ def test_large_arrays_are_read_from_the_file(tmp_path, shape, order):
         np.testing.assert_array_equal(tensor.numpy(), array)
         release(tensor)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_arrays_take_few_descriptors(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with spilling(tmp_path):
+        found = [kept(np.full(1 << 20, index, np.uint8)) for index in range(64)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    assert all((array == index).all() for index, array in enumerate(found))
+    del found
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with spilling(tmp_path / "none"), pytest.raises(ModelError, match=r"cannot be kept in .*none: .*PLANISH"):
+        kept(np.zeros(1 << 20))
 
 
 def test_threads_share_a_file(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen import get_target
-from planish.ir import clone
+from planish.ir import clone, verify
 from planish.passes.canonicalize import Canonicalize
 from planish.passes.canonicalize.constant_folding import fold_constants
 from planish.passes.canonicalize.dead_code import merge_common_subexpressions, remove_dead_code
@@ -309,6 +309,33 @@ def test_a_moved_symbol_beside_a_copied_one_stays_computed():
     assert ops(after) == ["Shape", "Shape", "Concat", "Reshape", "Neg"]
     assert_same_outputs(before, after, x=np.zeros((2, 2, 3, 8), np.float32))
     assert_same_outputs(before, after, x=np.zeros((0, 2, 3, 8), np.float32))
+
+
+def test_shapes_in_a_branch_and_around_it_have_names_of_their_own():
+    before = model_of("""g (float[b,4,3] x, float[b] z, bool c) => (y, w)
+        <int64[1] four = {4}, int64[1] two = {2}, int64[1] six = {6}> {
+        n = Shape<start = 0, end = 1>(x) s = Concat<axis = 0>(n, two, six) y = Reshape(x, s)
+        w = If(c) <
+            then_branch = t () => (u) { m = Shape<start = 0, end = 1>(z) p = Concat<axis = 0>(m, two, six)
+                                        u = Reshape(x, p) },
+            else_branch = e () => (v) { k = Shape<start = 0, end = 1>(z) q = Concat<axis = 0>(k, two, six)
+                                        r = Reshape(x, q) v = Neg(r) }> }""")
+    after = clone(before)
+    canonicalize(after)
+    verify(after)
+    feeds = {"x": np.arange(24, dtype=np.float32).reshape(2, 4, 3), "z": np.zeros(2, np.float32)}
+    for condition in (True, False):
+        assert_same_outputs(before, after, **feeds, c=np.array(condition))
+
+
+def test_scalars_stay_scalars():
+    before = model_of("""g (float x) => (y) <float c = {3.0}, int64[0] none = {}> {
+        t = Transpose(c) e = Expand(t, none) y = Add(x, e) }""")
+    after = clone(before)
+    canonicalize(after)
+    (constant,) = after.graph.initializers.values()
+    assert constant.shape == ()
+    assert_same_outputs(before, after, x=np.array(2, np.float32))
 
 
 SHAPE_NO_OPS = {

@@ -10,11 +10,13 @@ import time
 import filelock
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import planish
 import pytest
 from planish.ir import save
 from planish.ir.content_hash import graph_hash
+from planish.ir.errors import InputError
 from planish.runtime.work_cache import WorkCache, code_version, without_cache, work_key
 
 ARRAYS = {
@@ -24,6 +26,8 @@ ARRAYS = {
     "half": np.array([[1.5], [-2.5]], ml_dtypes.bfloat16),
     "empty": np.zeros((0, 3), np.int64),
     "number": np.array(7, np.int64),
+    "half number": np.array(2.5, ml_dtypes.bfloat16),
+    "turned": np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3).T,
 }
 ABOUT = {"pass": "quantize", "pipeline": "canonicalize,quantize", "model": "m"}
 
@@ -149,6 +153,30 @@ def test_all_that_decides_is_in_the_key():
     assert code_version() == code_version()
 
 
+def test_weights_inside_of_nodes_count():
+    def model(weight):
+        body = onnx.helper.make_graph(
+            [onnx.helper.make_node("Identity", ["w"], ["u"])],
+            "then",
+            [],
+            [onnx.helper.make_tensor_value_info("u", 1, [2])],
+            [onnx.numpy_helper.from_array(np.array(weight, np.float32), "w")],
+        )
+        node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+        inputs = [onnx.helper.make_tensor_value_info("c", 9, [])]
+        outputs = [onnx.helper.make_tensor_value_info("y", 1, [2])]
+        return ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, outputs)))
+
+    assert graph_hash(model([1, 2])) == graph_hash(model([1, 2]))
+    assert graph_hash(model([1, 2])) != graph_hash(model([1, 3]))
+
+
+def test_a_limit_that_is_no_number_is_named(cache, monkeypatch):
+    monkeypatch.setenv("PLANISH_CACHE_LIMIT", "20GB")
+    with pytest.raises(InputError, match="PLANISH_CACHE_LIMIT: expected a number of bytes, found '20GB'"):
+        cache.trim()
+
+
 def test_graphs_inside_of_nodes_and_functions_count():
     text = """
     <ir_version: 10, opset_import: ["" : 23, "d" : 1]>
@@ -248,6 +276,13 @@ def test_a_second_run_computes_nothing_again(tmp_path, monkeypatch):
     assert count > 0
     compiled(PASSES.replace("rank=2", "rank=3"))
     assert len(solved) == 2 * count
+    # What follows the first layer reads what it gives: without it, all but it are others.
+    fewer, _ = compiled(PASSES.replace("ignore=[]", "ignore=['re:.*layers\\.0\\.self_attn\\.qkv_proj']"))
+    assert len(solved) == 3 * count - 1
+    for file in tmp_path.rglob("*.result"):
+        file.unlink()
+    again, _ = compiled(PASSES.replace("ignore=[]", "ignore=['re:.*layers\\.0\\.self_attn\\.qkv_proj']"))
+    assert again == fewer
     assert {json.loads(path.read_text())["pass"] for path in tmp_path.glob("*/about.json")} == {"quantize"}
 
 

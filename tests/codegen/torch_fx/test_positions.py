@@ -23,6 +23,7 @@ agraph (float[tokens, 4] x, int64[tokens] positions) => (float[tokens, 4] turned
     parity = Mod (positions, two)
     looked_up = Gather <axis = 0> (table, parity)
     scaled = Mul (looked_up, frequencies)
+    turned_table = Transpose (table)
     odd = Cast <to = 9> (parity)
     odd_rows = Unsqueeze (odd, last)
     bias = Where (odd_rows, hidden, none)

@@ -53,6 +53,14 @@ def test_the_last_token_s_are_as_before(body):
     assert len(slices) == 1
 
 
+def test_a_second_time_there_is_nothing_to_do():
+    model = model_of("logits = MatMul(x, w)")
+    LastLogits().run(model, None)
+    result = LastLogits().run(model, None)
+    assert not result.modified
+    assert str(result.coverage) == "0 of 1 outputs; 1 skipped: they are of one token already"
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
