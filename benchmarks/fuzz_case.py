@@ -63,7 +63,7 @@ SECONDS = 120
 RESPONSES = 64
 """How many times a model's own answer to rounding two ways to compute it may differ by."""
 INTEGER_KERNELS = 1e-2
-"""What onnxruntime's own choice of kernels for quantised weights may differ by, as the target's ``max_error``."""
+"""What onnxruntime's choice of kernels for quantised weights may differ by, the target's ``max_error``."""
 EXACT_KERNELS = 1e-4
 """What kernels of float weights may differ by: the tolerance of exact passes."""
 
@@ -319,7 +319,8 @@ class _Run:
             expected = expected[:, -1:]
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise _FindingError(
-                f"output {name!r}: {found.dtype}{list(found.shape)} instead of {expected.dtype}{list(expected.shape)}"
+                f"output {name!r}: {found.dtype}{list(found.shape)} instead of "
+                f"{expected.dtype}{list(expected.shape)}"
             )
         if not np.isfinite(found).all() and np.isfinite(expected).all():
             raise _FindingError(f"output {name!r} is not finite")

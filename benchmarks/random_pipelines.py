@@ -20,12 +20,12 @@ from planish.passes.infrastructure.pipeline import Pipeline
 
 Options = dict[str, Any]
 SCHEMES = (
-    "W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16_ASYM", "W8A8", "W8A8_ASYM", "W4A8", "W4A4", "W6A6", "NF4", "FP4",
-    "MXFP4A16", "NVFP4A16", "FP8A16",
+    "W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16_ASYM", "W8A8", "W8A8_ASYM", "W4A8", "W4A4", "W6A6", "NF4",
+    "FP4", "MXFP4A16", "NVFP4A16", "FP8A16",
 )  # fmt: skip
 CLEAN_UPS = (
-    "CommonSubexpressionEliminationPass", "IdentityEliminationPass", "RemoveUnusedNodesPass", "TopologicalSortPass",
-    "RemoveUnusedFunctionsPass", "LiftConstantsToInitializersPass", "RemoveUnusedOpsetsPass",
+    "CommonSubexpressionEliminationPass", "IdentityEliminationPass", "RemoveUnusedNodesPass",
+    "TopologicalSortPass", "RemoveUnusedFunctionsPass", "LiftConstantsToInitializersPass", "RemoveUnusedOpsetsPass",
 )  # fmt: skip
 """Passes of onnx_ir, which a pipeline takes by their class names."""
 LONGEST = 7
