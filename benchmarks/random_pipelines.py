@@ -25,7 +25,8 @@ SCHEMES = (
 )  # fmt: skip
 CLEAN_UPS = (
     "CommonSubexpressionEliminationPass", "IdentityEliminationPass", "RemoveUnusedNodesPass",
-    "TopologicalSortPass", "RemoveUnusedFunctionsPass", "LiftConstantsToInitializersPass", "RemoveUnusedOpsetsPass",
+    "TopologicalSortPass", "RemoveUnusedFunctionsPass", "LiftConstantsToInitializersPass",
+    "RemoveUnusedOpsetsPass",
 )  # fmt: skip
 """Passes of onnx_ir, which a pipeline takes by their class names."""
 LONGEST = 7
