@@ -28,7 +28,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.md"
 FIRST_SEED = 0
-OF_ONE_PROCESS = 250
+OF_ONE_PROCESS = 1000
 """Cases that one process runs: traced architectures are traced once in each."""
 MADE_FAMILIES = ("tokens", "decoder", "image", "rows")
 
@@ -51,8 +51,11 @@ def run_here(seeds: Sequence[int]) -> None:
 
 
 def prepare() -> None:
-    """Let kernels be chosen after a few runs: what they take does not matter here."""
+    """Let kernels be chosen after a few runs: what they take does not matter here. One core is enough."""
     from planish.codegen import microbenchmark
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
     warnings.simplefilter("ignore")
     microbenchmark._SECONDS_PER_CANDIDATE = 0
@@ -84,7 +87,7 @@ def run_elsewhere(seeds: range, stop: float) -> Iterator[Row]:
         seeds = seeds[done:]
 
 
-def report(rows: Sequence[Row], seeds: range, seconds: float) -> str:
+def report(rows: Sequence[Row]) -> str:
     """The results as Markdown."""
     failures = [row for row in rows if row["failure"]]
     exact = [row for row in rows if row.get("is_exact")]
@@ -98,8 +101,8 @@ def report(rows: Sequence[Row], seeds: range, seconds: float) -> str:
         "",
         "Random graphs and small traced architectures with random weights, through random legal pipelines of",
         "all passes, compared with the original in onnxruntime without graph optimisation. Written by",
-        f"`benchmarks/fuzz.py`: {len(rows)} cases, seeds {seeds.start} to {seeds.start + len(rows) - 1}, in "
-        f"{seconds / 60:.0f} minutes; {versions}.",
+        f"`benchmarks/fuzz.py`: {len(rows)} cases, seeds {rows[0]['seed']} to {rows[-1]['seed']}, in "
+        f"{sum(row.get('seconds', 0.0) for row in rows) / 60:.0f} minutes; {versions}.",
         "",
         f"**{len(failures)} failures.** In {compared} cases outputs were compared, in {len(exact)} of them",
         f"after exact passes alone: there the largest error was {worst:.2g} of what is allowed (the sum of",
@@ -179,12 +182,21 @@ def run_again(arguments: argparse.Namespace) -> int:
     return int(bool(outcome.failure))
 
 
+def _kept(log: Path | None, seeds: range) -> list[Row]:
+    """What an earlier run has written about the first of these seeds."""
+    if log is None or not log.exists():
+        return []
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [row for row, seed in zip(rows, seeds, strict=False) if row["seed"] == seed]
+
+
 def main() -> int:
     """Run cases; 1 if any of them fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, help="how many; without --minutes 3000")
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first case")
     parser.add_argument("--minutes", type=float, help="stop after so many")
+    parser.add_argument("--log", type=Path, help="keep results here, and go on from those that are there")
     parser.add_argument("--case", type=int, help="run this one again")
     parser.add_argument("--passes", help="of that case; those of its seed if absent")
     parser.add_argument("--blocks", help="numbers of the blocks to build of that case")
@@ -197,15 +209,16 @@ def main() -> int:
         return run_again(arguments)
     count = arguments.cases or (3000 if arguments.minutes is None else 10**6)
     seeds = range(arguments.seed, arguments.seed + count)
-    start, limit = time.time(), 60 * (arguments.minutes or 10**6)
-    rows = []
-    with tempfile.TemporaryDirectory() as cache:
+    stop = time.time() + 60 * (arguments.minutes or 10**6)
+    rows = _kept(arguments.log, seeds)
+    with tempfile.TemporaryDirectory() as cache, open(arguments.log or os.devnull, "a") as log:
         os.environ["PLANISH_CACHE_DIR"] = cache
-        for row in run_elsewhere(seeds, start + limit):
+        for row in run_elsewhere(seeds[len(rows) :], stop):
             rows.append(row)
+            print(json.dumps(row), file=log, flush=True)
             if row["failure"]:
                 print(f"seed {row['seed']}: {row['failure'][:400]}\n    {row['again']}", flush=True)
-    text = report(rows, seeds, time.time() - start)
+    text = report(rows)
     print(text)
     if arguments.seed == FIRST_SEED and arguments.minutes is None:
         RESULTS.parent.mkdir(exist_ok=True)

@@ -11,9 +11,9 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import ModelError
 
@@ -25,12 +25,23 @@ def making(*targets: Path) -> Iterator[tuple[Path, ...]]:
     temporary = tuple(target.with_name(f".{target.name}.{label}.tmp") for target in targets)
     with contextlib.ExitStack() as stack:
         for path in temporary:
-            stack.callback(path.unlink, missing_ok=True)
+            stack.callback(_surely, path.unlink, missing_ok=True)
         yield temporary
         for path, target in zip(temporary, targets, strict=True):
             if target.exists():
                 shutil.copymode(target, path)
         move_all(temporary, targets)
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder on the same file system as ``path``, gone afterwards with all that is in it."""
+    made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        made.mkdir()
+        yield made
+    finally:
+        _surely(_remove, made)
 
 
 @contextlib.contextmanager
@@ -63,10 +74,13 @@ def write_text(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise ModelError(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint="check the disk space and permissions",
-        ) from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ModelError:
+    """What to raise for a file or folder; numpy gives no reason for a write that ended early: a full disk."""
+    reason = error.strerror or f"No space left on device ({error})"
+    return ModelError(f"{path} cannot be written: {reason}", hint="check the disk space and permissions")
 
 
 def move_all(sources: Sequence[Path], targets: Sequence[Path], *, removed: Sequence[Path] = ()) -> None:
@@ -92,12 +106,12 @@ def move_all(sources: Sequence[Path], targets: Sequence[Path], *, removed: Seque
         with contextlib.ExitStack() as stack:
             if sources[-1].exists():
                 for path, backup in backups.items():
-                    stack.callback(_rename_if_there, backup, path)
+                    stack.callback(_surely, _rename_if_there, backup, path)
                 for source, target in first:
-                    stack.callback(_take_back, source, target)
+                    stack.callback(_surely, _take_back, source, target)
             else:
                 for backup in backups.values():
-                    stack.callback(_remove, backup)
+                    stack.callback(_surely, _remove, backup)
 
 
 def _take_back(source: Path, target: Path) -> None:
@@ -111,7 +125,18 @@ def _rename_if_there(path: Path, to: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    for inner in path.iterdir():
+        _remove(inner)
+    path.rmdir()
+
+
+def _surely(action: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    """Do something that may be done twice; again, if Ctrl-C came in between."""
+    try:
+        action(*arguments, **options)
+    except BaseException:
+        action(*arguments, **options)
+        raise

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from .errors import ModelError
 from .external import map_external_tensors, release
-from .files import replacing
+from .files import replacing, unwritable
 from .skeleton import encode_varint
 
 _LARGEST_FILE = 2**31 - 1
@@ -66,10 +66,7 @@ def save(
             with replacing(path) as (file,):
                 _write_in_one_file(file, model, path)
     except OSError as error:
-        raise ModelError(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint="check the disk space and permissions",
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def _check_target(path: Path) -> None:

@@ -50,8 +50,9 @@ def _own_tensor(tensor: ir.TensorProtocol, source: str) -> ir.TensorProtocol:
         return tensor
     try:
         data = tensor.tobytes()
-    except ValueError as error:
-        raise ModelError(f"{source}: weight '{tensor.name}': {error}", hint=_DAMAGED) from error
+    except (ValueError, AssertionError) as error:
+        reason = str(error) or f"its data are of another type than {tensor.dtype.name}"
+        raise ModelError(f"{source}: weight '{tensor.name}': {reason}", hint=_DAMAGED) from error
     _check_size(tensor, len(data), declared_bytes(tensor, source=source), "bytes", source)
     return array_tensor(np.frombuffer(data, np.uint8), tensor)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..codegen.target import BoundModel
 from ..ir import save
 from ..ir.decoder_facts import DecoderFacts
 from ..ir.errors import InputError, ModelError
-from ..ir.files import move_all
+from ..ir.files import folder_beside, move_all, unwritable
 from .generate.genai import CONFIG_FILE, genai_config
 
 MODEL_FILE, EVICTION_FILE, PREFILL_FILE = "model.onnx", "evict.onnx", "prefill.onnx"
@@ -63,8 +62,7 @@ def save_folder(
             f"{folder} cannot be made: the folder {folder.parent} does not exist", hint="create it"
         )
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-            made = Path(name)
+        with folder_beside(folder) as made:
             save(bound.model, made / MODEL_FILE, external_data=external_data)
             if eviction is None:
                 _write_config(bound, made)
@@ -76,10 +74,7 @@ def save_folder(
                 write_tokenizer(tokenizer, made)
             _move_into(folder, sorted(made.iterdir()), stale=PREFILL_FILE if prefill is None else None)
     except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be written: {error.strerror or error}",
-            hint="check the disk space and permissions",
-        ) from error
+        raise unwritable(folder, error) from error
 
 
 def _move_into(folder: Path, files: Sequence[Path], *, stale: str | None) -> None:

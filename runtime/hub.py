@@ -22,7 +22,6 @@ from __future__ import annotations
 import collections
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ import onnx_ir as ir
 
 from ..codegen.target import BoundModel
 from ..ir import ops, save
-from ..ir.errors import InputError, ModelError
-from ..ir.files import move_all, write_whole
+from ..ir.errors import InputError
+from ..ir.files import folder_beside, move_all, unwritable, write_whole
 from ..ir.signature import CONFIG_KEY
 from .folder import write_tokenizer
 
@@ -188,22 +187,19 @@ def save_hub(
         if isinstance(config, str | os.PathLike) and (Path(config) / _GENERATION_CONFIG).is_file():
             _write_json(folder / _GENERATION_CONFIG, _read_json(Path(config) / _GENERATION_CONFIG))
     except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be written: {error.strerror or error}",
-            hint="check the disk space and permissions",
-        ) from error
+        raise unwritable(folder, error) from error
     return path
 
 
 def _write_model(model: ir.Model, path: Path, external_data: bool | None) -> bool:
     """Write the file and, where weights are too large for it, their own; returns whether they were."""
     data = path.with_name(path.name + _DATA_SUFFIX)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as made:
-        save(model, Path(made) / path.name, external_data=external_data, data_suffix=_DATA_SUFFIX)
-        has_data = (Path(made) / data.name).is_file()
+    with folder_beside(path) as made:
+        save(model, made / path.name, external_data=external_data, data_suffix=_DATA_SUFFIX)
+        has_data = (made / data.name).is_file()
         targets = [data, path] if has_data else [path]
         removed = [] if has_data else [data]
-        move_all([Path(made) / target.name for target in targets], targets, removed=removed)
+        move_all([made / target.name for target in targets], targets, removed=removed)
     return has_data
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, Array]:
             raise InputError(f"{path}: expected an .npz archive with one array per input, found one array")
         with archive:
             return dict(archive)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path}: cannot be read as inputs: {first_line(error)}",
             hint="write it with numpy.savez(path, input_ids=..., attention_mask=...)",

@@ -125,13 +125,18 @@ def asymmetric_grid(lowest: float, highest: float, bits: int = 8) -> tuple[float
     """Scale and zero point of x̂ = (q − zero point) · scale, 0 ≤ q < 2^bits, that cover the range and zero."""
     lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     top = (1 << bits) - 1
-    scale = (highest - lowest) / top or 1.0
+    scale = _usable((highest - lowest) / top)
     return scale, round(-lowest / scale)
 
 
 def symmetric_scale(lowest: float, highest: float, bits: int = 8) -> float:
     """Scale of x̂ = q · scale, |q| < 2^(bits−1), over [lowest, highest]."""
-    return max(-lowest, highest) / ((1 << (bits - 1)) - 1) or 1.0
+    return _usable(max(-lowest, highest) / ((1 << (bits - 1)) - 1))
+
+
+def _usable(scale: float) -> float:
+    """1 for what float32 cannot divide by."""
+    return scale if scale >= np.finfo(np.float32).tiny else 1.0
 
 
 class ChannelMaxima:

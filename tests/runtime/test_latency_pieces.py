@@ -291,7 +291,9 @@ def test_names_weights_and_activations_do_not_count(same):
         base_signature(BASE.replace("axis = 1", "axis = 0")),
         base_signature(BASE.replace("MatMul (x, w)", "MatMul (x, w) c = Neg (x)")),
         base_signature(BASE.replace("Softmax <axis = 1> (b)", "Softmax <axis = 1> (a)")),
-        base_signature(w=np.ones((4, 6), np.float64)),
+        base_signature(
+            BASE.replace("float[", "double["), {"x": np.ones((3, 4))}, w=np.ones((4, 6), np.float64)
+        ),
         base_signature(w=np.ones((4, 7), np.float32)),
         base_signature(to=np.array([-1, 6])),
         base_signature(feeds={"x": np.ones((5, 4), np.float32)}),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from planish.codegen.machine import fingerprint
 from planish.codegen.portable import Portable
 from planish.ir.errors import InputError
-from planish.runtime import latency_cache
 from planish.runtime.latency_bench import RUNTIME, target_text
 from planish.runtime.latency_table import LatencyTable
 
@@ -49,7 +49,7 @@ def test_saving_replaces_the_file_or_leaves_it_alone(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latency_cache.json, "dump", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         make_table(batch=2).save(path)
     assert path.read_text() == before
