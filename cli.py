@@ -161,6 +161,14 @@ def compile_command(
             help="Keep results of long passes: the same command goes on where it was when it is killed.",
         ),
     ] = True,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            help="Who computes layers side by side: a number of threads (one for each core if absent), `ray` "
+            "for the processes of a Ray cluster (one is started on this machine if none runs), or "
+            "`ray://host:10001`. The file that is written is the same.",
+        ),
+    ] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder for the model after every pass.")] = None,
     print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what every pass changed.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print how often every rewrite hit.")] = False,
@@ -234,6 +242,7 @@ def compile_command(
             check=check,
             seed=seed,
             cache=cache,
+            workers=workers,
             instruments=[
                 progress,
                 *_instruments(dump, print_diff, reproducer, bisect_limit, check, example_inputs),

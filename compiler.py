@@ -49,6 +49,7 @@ from .runtime.provenance import (
     versions,
 )
 from .runtime.work_cache import WorkCache
+from .runtime.workers import Workers, opened_workers
 
 Check = Literal["contract", "verify", "none"]
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -78,6 +79,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     cache: bool | str | os.PathLike[str] = False,
     instruments: Sequence[Instrument] = (),
 ) -> CompiledModel:
+    workers: Workers | int | str | None = None,
     """Compile a model: trace or load it, run the passes in order, bind the result to the target.
 
     Args:
@@ -106,6 +108,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             (``planish cache list`` shows it), or a folder.
         instruments: further instruments to run around the passes.
 
+        workers: who does the work that falls into layers: so many threads (by default one for each core),
+            ``"ray"`` or ``"ray://address"`` for the processes of a Ray cluster (with the extra
+            ``planish[ray]``), or `planish.runtime.workers.Workers`. The result does not depend on them.
     Returns:
         The compiled model; where a pass had several results, as `prune` with several targets has, the last
         one, with the others as its ``alternatives``.
@@ -123,7 +128,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     def data(source: Any, *, labels: bool = False) -> Sequence[Feeds]:
         return () if source is None else CalibrationData.read(source, graph, signature, labels=labels)
 
-    with spilling(_spill_folder(graph)):
+    with spilling(_spill_folder(graph)), opened_workers(workers) as hands:
         before = OutlineBefore()
         report = run_pipeline(
             graph,
@@ -136,6 +141,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             cache=_work_cache(cache),
             instruments=(before, *_checks(check, examples), *instruments),
         )
+            workers=hands,
         origin = {
             RECIPE: pipeline.to_yaml(),
             SEED: str(seed),

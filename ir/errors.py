@@ -60,3 +60,7 @@ class InputError(PlanishError):
 
 class TargetError(PlanishError):
     """The target is unknown, or cannot bind or run an op of the model."""
+
+
+class WorkerError(PlanishError):
+    """Workers on other machines were lost, or cannot do what is asked of them."""

@@ -19,11 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ...codegen.target import Target
-from ...ir.errors import InputError, PassError
+from ...ir.errors import MissingDataError, PassError
 from ...runtime.calibration import ActivationStream
 from ...runtime.work_cache import Work
+from ...runtime.workers import LocalWorkers, Workers
 
+S = TypeVar("S")
 T = TypeVar("T")
+R = TypeVar("R")
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 ProgressHook = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
@@ -137,6 +140,7 @@ class PassContext:
         calibration: further real inputs, see `planish.runtime.calibration`; may be empty.
         training: inputs to train on, each a batch by graph-input name, with ``labels`` where the user gave
             them; the calibration data where nothing else was given.
+        workers: who does work that falls into independent pieces; threads of this process if none were given.
         rng: a generator seeded by the pipeline's seed, the pass's name, and how often it ran before.
         remarks: what the pass has said so far.
         on_progress: set by the driver; wraps the iterator of a `progress` loop to show how far it is, given
@@ -152,6 +156,7 @@ class PassContext:
         training: Sequence[Feeds] = (),
         original: ir.Model | None = None,
         open_work: Callable[[ir.Model], Work] | None = None,
+        workers: Workers | None = None,
         seed: int | Sequence[int] = 0,
     ) -> None:
         self.target = target
@@ -161,6 +166,7 @@ class PassContext:
         self._original = original
         self._open_work = open_work
         self._work: Work | None = None
+        self.workers: Workers = LocalWorkers() if workers is None else workers
         self.rng = np.random.default_rng(seed)
         self.remarks: list[Remark] = []
         self.on_progress: ProgressHook | None = None
@@ -203,7 +209,7 @@ class PassContext:
             InputError: there is no calibration data.
         """
         if not self.calibration:
-            raise InputError(
+            raise MissingDataError(
                 "this needs calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or --calibration inputs.npz",
             )
@@ -213,6 +219,16 @@ class PassContext:
         """Iterate ``items`` and let the driver's instruments show how far the work is."""
         iterator = iter(items)
         return self.on_progress(iterator, len(items), description) if self.on_progress else iterator
+
+    def map(
+        self, function: Callable[[S, T], R], shared: S, items: Iterable[T], *, total: int, description: str
+    ) -> Iterator[R]:
+        """Have the workers do ``function(shared, item)`` for ``total`` items, and show how far they are.
+
+        See `planish.runtime.workers.Workers.map`, also for what a function may be.
+        """
+        results = self.workers.map(function, shared, items)
+        return self.on_progress(results, total, description) if self.on_progress else results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,6 +244,8 @@ class Pass(abc.ABC):
     """Facts that must not hold: a rotation forbids `Fact.QUANTIZED`."""
     uses_original: ClassVar[bool] = False
     """Whether the pass reads `PassContext.original`, such as a teacher or what a speed-up is relative to."""
+    works_by_layer: ClassVar[bool] = True
+    """Whether what it does to one layer says what it does to others like it: a plan is made from a few."""
     tolerance: ClassVar[float] = 1e-4
     """Exact passes: the largest allowed ‖after − before‖∞ / ‖before‖∞ of any float32 output."""
 

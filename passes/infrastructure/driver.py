@@ -18,6 +18,7 @@ from ...ir.errors import NothingCoveredError, PassError, PlanishError
 from ...runtime.calibration import CalibrationData
 from ...runtime.calibration.data import fitted, input_types
 from ...runtime.work_cache import Work, WorkCache, without_cache, work_key
+from ...runtime.workers import LocalWorkers, Workers
 from .base import Contract, Feeds, Pass, PassContext, PassResult, ProgressHook
 from .facts import facts_after, facts_of, set_facts
 from .instruments import Instrument, Invocation, TimeAndMemory, peak_memory_bytes
@@ -35,6 +36,7 @@ def run_pipeline(
     training: Sequence[Feeds] = (),
     seed: int = 0,
     cache: WorkCache | None = None,
+    workers: Workers | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> PipelineReport:
     """Run the passes of a pipeline on a model, in place and in order.
@@ -51,6 +53,7 @@ def run_pipeline(
         training: inputs for passes that train, with ``labels`` if there are any; else the calibration data.
         seed: seeds every pass together with its name, so that adding a pass leaves the others' randomness.
         cache: where long passes keep what a run that was killed goes on from; nothing is kept if absent.
+        workers: who does work that falls into independent pieces; by default a thread for each core.
         instruments: run around every pass; the first is the outermost.
 
     Raises:
@@ -68,6 +71,7 @@ def run_pipeline(
         inputs=_Inputs(examples, calibration, training),
         seed=seed,
         cache=cache,
+        workers=LocalWorkers() if workers is None else workers,
         instruments=(*instruments, TimeAndMemory()),
     )
     return run.finish(model)
@@ -102,6 +106,7 @@ class _Run:
     inputs: _Inputs
     seed: int
     cache: WorkCache | None
+    workers: Workers
     instruments: Sequence[Instrument]
     original: ir.Model | None = None
     position: int = 0
@@ -151,6 +156,7 @@ class _Run:
                 training=self.inputs.training,
                 original=self.original,
                 open_work=lambda given: stack.enter_context(self._work(pass_, run, given)),
+                workers=self.workers,
                 seed=(self.seed, zlib.crc32(pass_.name.encode()), run),
             )
             invocation = Invocation(pass_, self.position, self.pipeline, context, self.seed)
