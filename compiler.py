@@ -77,9 +77,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     check: Check = "verify",
     seed: int | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    workers: Workers | int | str | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> CompiledModel:
-    workers: Workers | int | str | None = None,
     """Compile a model: trace or load it, run the passes in order, bind the result to the target.
 
     Args:
@@ -106,11 +106,11 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         cache: keep the results of long passes layer by layer, so that the same call goes on where it was when
             it is killed, and does not compute again what is the same. True for the user's cache folder
             (``planish cache list`` shows it), or a folder.
-        instruments: further instruments to run around the passes.
-
         workers: who does the work that falls into layers: so many threads (by default one for each core),
             ``"ray"`` or ``"ray://address"`` for the processes of a Ray cluster (with the extra
             ``planish[ray]``), or `planish.runtime.workers.Workers`. The result does not depend on them.
+        instruments: further instruments to run around the passes.
+
     Returns:
         The compiled model; where a pass had several results, as `prune` with several targets has, the last
         one, with the others as its ``alternatives``.
@@ -139,9 +139,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             training=data(training, labels=True),
             seed=seed,
             cache=_work_cache(cache),
+            workers=hands,
             instruments=(before, *_checks(check, examples), *instruments),
         )
-            workers=hands,
         origin = {
             RECIPE: pipeline.to_yaml(),
             SEED: str(seed),
