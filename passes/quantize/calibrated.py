@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ...ir import clone
@@ -21,21 +20,19 @@ from ...ir.errors import PassError
 from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap, can_unfold
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ...runtime.work_cache import Work
+from ...runtime.workers import Workers
 from ..infrastructure.base import LayerErrors, PassContext
 from .algorithms import Algorithm, LayerStatistics
-from .algorithms.gptq import GPTQ
 from .algorithms.rtn import RoundToNearest
 from .convolution_layers import ConvolutionPlan, patch_statistics, quantize_convolution
 from .grid import Grid
 from .kept_results import GroupResult, LayerResult
+from .layer_outcome import Rounded, Setting, layer_outcome
 from .layer_plan import LayerPlan
-from .linear_layers import LowRank, current_input, read_linear_weight, replace_linear
-from .low_rank import low_rank_residual
+from .linear_layers import current_input, read_linear_weight, replace_linear
 from .quantized_weight import Floats, QuantizedWeight
 from .streamed import round_weight
-from .weights import relative_error
 
-Doubles = npt.NDArray[np.float64]
 Plan = LayerPlan | ConvolutionPlan
 _COLUMN_BLOCK = 16
 """Neighbouring columns that may share a second-level grid (SpQR)."""
@@ -144,7 +141,9 @@ class CalibratedQuantizer:
             algorithm = RoundToNearest()
         elif algorithm.needs_statistics and streams is not None:
             statistics = patch_statistics(plan, _together(*streams, plan.input_name))
-        return LayerErrors(quantize_convolution(self.model, plan, algorithm, statistics, remark))
+        return LayerErrors(
+            quantize_convolution(self.model, plan, algorithm, statistics, remark, self.ctx.workers)
+        )
 
     def _observe(
         self, group: list[LayerPlan], stream: ActivationStream, dense: ActivationStream | None
@@ -195,7 +194,7 @@ class CalibratedQuantizer:
         for alike in _with_equal_grids(group):
             grid, rounds = alike[0].grid, isinstance(self.algorithm, RoundToNearest)
             if rounds and statistics is None and isinstance(grid, Grid):
-                yield from ((plan, _rounded(plan, grid)) for plan in alike)
+                yield from ((plan, _rounded(plan, grid, self.ctx.workers)) for plan in alike)
                 continue
             weights = [read_linear_weight(plan.linear) for plan in alike]
             names = ", ".join(plan.linear.name for plan in alike)
@@ -204,32 +203,11 @@ class CalibratedQuantizer:
                 grid,
                 statistics,
                 functools.partial(remark, names),
+                self.ctx.workers,
             )
-            start = 0
-            for plan, weight in zip(alike, weights, strict=True):
-                stop = start + weight.shape[1]
-                yield plan, self._result(plan, weight, together.columns(start, stop), statistics)
-                start = stop
-
-    def _result(
-        self,
-        plan: LayerPlan,
-        weight: Floats,
-        quantized: QuantizedWeight,
-        statistics: LayerStatistics | None,
-    ) -> LayerResult:
-        dequantized = quantized.dequantized()
-        low_rank: LowRank | None = None
-        if statistics is not None and self.compensate_rank:
-            # GPTAQ's weight approximates another one on purpose: undoing that is not the residual's work.
-            aim = self.algorithm.aim(weight, statistics) if isinstance(self.algorithm, GPTQ) else weight
-            low_rank = low_rank_residual(aim, dequantized, statistics.covariance, self.compensate_rank)
-            dequantized = dequantized + low_rank[0] @ low_rank[1]
-        errors = LayerErrors(
-            relative_error(weight, dequantized),
-            None if statistics is None else output_error(weight, dequantized, statistics.covariance),
-        )
-        return LayerResult(quantized, low_rank, errors, plan.activations)
+            setting = Setting(self.algorithm, statistics, self.compensate_rank)
+            layers = _apart(alike, weights, together)
+            yield from zip(alike, self.ctx.workers.map(layer_outcome, setting, layers), strict=True)
 
     def _remark(self, names: str) -> Callable[[str], None]:
         return lambda reason: self.ctx.remark(names, reason)
@@ -242,21 +220,22 @@ def _decisions(group: list[LayerPlan] | ConvolutionPlan) -> list[tuple[object, .
     return [(plan.linear.name, plan.scheme, plan.grid, plan.activations) for plan in group]
 
 
-def _rounded(plan: LayerPlan, grid: Grid) -> LayerResult:
+def _rounded(plan: LayerPlan, grid: Grid, workers: Workers) -> LayerResult:
     """Rounded to nearest, without having the whole weight in float32."""
-    weight, error = round_weight(plan.linear.weight, grid, transposed=plan.linear.transposed)
+    linear = plan.linear
+    weight, error = round_weight(linear.weight, grid, workers, transposed=linear.transposed)
     return LayerResult(weight, None, LayerErrors(error), plan.activations)
 
 
-def output_error(weight: Floats, dequantized: Floats, covariance: Doubles) -> float:
-    """‖X(W − Ŵ)‖ / ‖XW‖ for inputs of this covariance; 0 where the output is zero."""
-    root = np.sqrt(max(_energy(weight, covariance), 0))
-    difference = np.sqrt(max(_energy(weight - dequantized, covariance), 0))
-    return float(difference / root) if root else 0.0
-
-
-def _energy(matrix: Floats, covariance: Doubles) -> float:
-    return float(np.einsum("kn,kn->", covariance.astype(np.float32) @ matrix, matrix))
+def _apart(
+    plans: Sequence[LayerPlan], weights: Sequence[Floats], together: QuantizedWeight
+) -> Iterator[Rounded]:
+    """Layers that were quantised as one matrix."""
+    start = 0
+    for plan, weight in zip(plans, weights, strict=True):
+        stop = start + weight.shape[1]
+        yield Rounded(weight, together.columns(start, stop), plan.activations)
+        start = stop
 
 
 def _groups(plans: Sequence[Plan]) -> list[list[LayerPlan] | ConvolutionPlan]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from ...ir import ops
 from ...ir.views import Convolution
 from ...runtime.calibration import Covariance, Tap, patches
+from ...runtime.workers import Workers
 from .algorithms import Algorithm, LayerStatistics, Remark
 from .grid import Format
 from .quantized_weight import Floats, QuantizedWeight
@@ -94,6 +95,7 @@ def quantize_convolution(
     algorithm: Algorithm,
     statistics: list[LayerStatistics] | None,
     remark: Remark,
+    workers: Workers,
 ) -> float:
     """Replace the convolution in place; returns the relative error of its weight."""
     convolution = plan.convolution
@@ -101,17 +103,29 @@ def quantize_convolution(
     groups = convolution.groups
     outputs = weight.shape[0]
     matrices = weight.reshape(groups, outputs // groups, -1).transpose(0, 2, 1)
-    parts = [
-        algorithm(
-            np.ascontiguousarray(matrix), plan.grid, None if statistics is None else statistics[index], remark
-        )
+    items = (
+        (np.ascontiguousarray(matrix), None if statistics is None else statistics[index])
         for index, matrix in enumerate(matrices)
-    ]
+    )
+    parts: list[QuantizedWeight] = []
+    for part, said in workers.map(_quantized_group, (algorithm, plan.grid), items):
+        parts.append(part)
+        for text in said:
+            remark(text)
     integers = _output_channels_first([part.integers for part in parts], weight.shape)
     dequantized = _output_channels_first([part.dequantized() for part in parts], weight.shape)
     error = relative_error(weight, dequantized)
     _replace(model, plan, parts, integers, error)
     return error
+
+
+def _quantized_group(
+    shared: tuple[Algorithm, Format], item: tuple[Floats, LayerStatistics | None]
+) -> tuple[QuantizedWeight, list[str]]:
+    """One group of channels, and what there is to say about it."""
+    (algorithm, grid), (matrix, statistics) = shared, item
+    said: list[str] = []
+    return algorithm(matrix, grid, statistics, said.append), said
 
 
 def _output_channels_first(matrices: list[npt.NDArray[np.generic]], shape: tuple[int, ...]) -> Floats:

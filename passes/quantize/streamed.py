@@ -1,4 +1,4 @@
-"""Rounding a weight to nearest a few columns at a time, on all cores.
+"""Rounding a weight to nearest a few columns at a time.
 
 Neither the weight in float32 nor its error is in memory as a whole, and what is computed of a few columns
 stays in the cache of a core.
@@ -6,8 +6,6 @@ stays in the cache of a core.
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from ...codegen.torch_fx.tensors import from_array
 from ...ir import release
 from ...ir.errors import PassError
+from ...runtime.workers import Workers
 from .algorithms.rtn import round_to_nearest
 from .grid import Grid
 from .quantized_weight import QuantizedWeight
@@ -26,12 +25,15 @@ _NUMBERS_AT_ONCE = 1 << 17
 """Of float32: half a megabyte, of which there are a few copies."""
 
 
-def round_weight(weight: ir.Value, grid: Grid, *, transposed: bool = False) -> tuple[QuantizedWeight, float]:
+def round_weight(
+    weight: ir.Value, grid: Grid, workers: Workers, *, transposed: bool = False
+) -> tuple[QuantizedWeight, float]:
     """A weight [K, N] rounded to nearest, its integers by columns, and ‖W − Ŵ‖ / ‖W‖.
 
     Args:
         weight: the constant.
         grid: of each column or block of one.
+        workers: round a few columns each.
         transposed: it is stored [N, K].
 
     Raises:
@@ -43,47 +45,58 @@ def round_weight(weight: ir.Value, grid: Grid, *, transposed: bool = False) -> t
     values = tensor.numpy().T if transposed else tensor.numpy()
     rows, columns = values.shape
     width = max(1, _NUMBERS_AT_ONCE // rows)
-    rounded = _Rounded(str(weight.name), values, grid)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        energies = list(pool.map(rounded.fill, ((at, at + width) for at in range(0, columns, width))))
+    parts = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+    rounded = _Rounded((rows, columns), grid)
+    slabs = (values[:, part] for part in parts)
+    energies = [
+        rounded.fill(part, found)
+        for part, found in zip(parts, workers.map(_round_slab, (str(weight.name), grid), slabs), strict=True)
+    ]
     error, energy = np.sum(energies, axis=0)
     release(tensor)
     return rounded.result(), float(np.sqrt(error / energy)) if energy else 0.0
 
 
+_Slab = tuple[QuantizedWeight, float, float]
+"""Some columns, the sum of their squared errors, and of their squares."""
+
+
+def _round_slab(shared: tuple[str, Grid], values: npt.NDArray[Any]) -> _Slab:
+    """Round some columns [K, n] of a weight, in the type that they are stored in."""
+    name, grid = shared
+    # Torch widens 16 bits eight times as fast as numpy, in the order that memory has.
+    stored = from_array(values.T) if values.flags.f_contiguous else from_array(values).T
+    columns_first = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    weight = columns_first.numpy().T
+    if not np.isfinite(weight).all():
+        raise PassError(
+            f"quantize: weight {name!r} holds NaN or infinity",
+            hint="export the model again, or leave the layer out with ignore=",
+        )
+    quantized = round_to_nearest(weight, grid)
+    return quantized, _energy(weight - quantized.dequantized()), _energy(weight)
+
+
 class _Rounded:
     """A weight [K, N] on its way to integers."""
 
-    def __init__(self, name: str, values: npt.NDArray[Any], grid: Grid) -> None:
-        rows, columns = values.shape
-        self._name, self._grid = name, grid
-        # [N, K], in the memory that the values have: torch widens 16 bits eight times as fast as numpy.
-        by_columns = values.flags.f_contiguous
-        self._weight = from_array(values.T) if by_columns else from_array(values).T
+    def __init__(self, shape: tuple[int, int], grid: Grid) -> None:
+        rows, columns = shape
+        self._grid = grid
         dtype, blocks = np.int8 if grid.symmetric else np.uint8, rows // (grid.block_size or rows)
         self._integers = np.empty((rows, columns), dtype, order="F")
         self._scale = np.empty((blocks, columns), grid.scale_dtype)
         self._zero_point = None if grid.symmetric else np.empty((blocks, columns), dtype)
 
-    def fill(self, columns: tuple[int, int]) -> tuple[float, float]:
-        """Round some columns; gives the sums of their squared errors and squares."""
-        part = (slice(None), slice(*columns))
-        columns_first = self._weight[slice(*columns)].to(
-            torch.float32, copy=True, memory_format=torch.contiguous_format
-        )
-        weight = columns_first.numpy().T
-        if not np.isfinite(weight).all():
-            raise PassError(
-                f"quantize: weight {self._name!r} holds NaN or infinity",
-                hint="export the model again, or leave the layer out with ignore=",
-            )
-        quantized = round_to_nearest(weight, self._grid)
+    def fill(self, columns: slice, slab: _Slab) -> tuple[float, float]:
+        """Put some columns in their place; gives the sums of their squared errors and squares."""
+        quantized, error, energy = slab
+        part = (slice(None), columns)
         self._integers[part] = quantized.integers
         self._scale[part] = quantized.scale
-        if self._zero_point is not None:
+        if self._zero_point is not None and quantized.zero_point is not None:
             self._zero_point[part] = quantized.zero_point
-        difference = weight - quantized.dequantized()
-        return _energy(difference), _energy(weight)
+        return error, energy
 
     def result(self) -> QuantizedWeight:
         """All columns."""

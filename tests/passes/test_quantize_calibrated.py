@@ -19,7 +19,7 @@ from planish.passes.quantize import Quantize
 from planish.passes.quantize import quantize as quantize_module
 from planish.passes.quantize.activations import Activations
 from planish.passes.quantize.algorithms.rtn import round_to_nearest
-from planish.passes.quantize.calibrated import output_error
+from planish.passes.quantize.layer_outcome import output_error
 from planish.passes.quantize.low_rank import low_rank_residual
 from planish.passes.quantize.selection import SCHEME_KEY
 from planish.runtime.reference import run_model
@@ -85,7 +85,7 @@ class Spy:
     needs_prefix_error: ClassVar[bool] = True
     seen: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, weight, grid, statistics, remark):
+    def __call__(self, weight, grid, statistics, remark, workers):
         self.seen.append((weight, statistics))
         return round_to_nearest(weight, grid)
 

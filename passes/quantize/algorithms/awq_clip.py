@@ -12,9 +12,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from ..grid import Format, fit, round_to_grid
+import numpy as np
+
+from ....runtime.workers import SERIAL, Workers
+from ..grid import Doubles, Format, fit, round_to_grid
 from ..quantized_weight import Floats, QuantizedWeight
-from .base import LayerStatistics, Remark, covariance_of
+from .base import LayerStatistics, Remark, covariance_of, slabs
 
 _FACTORS = tuple(1 - 0.5 * step / 20 for step in range(1, 21))
 
@@ -27,10 +30,24 @@ class AWQClip:
     needs_prefix_error: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
+        self,
+        weight: Floats,
+        grid: Format,
+        statistics: LayerStatistics | None,
+        remark: Remark,
+        workers: Workers = SERIAL,
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N] under ``statistics.covariance``."""
         covariance = covariance_of(statistics, len(weight))
         grid = grid.prepared(weight)
-        scale, zero = fit(weight, grid, covariance=covariance, factors=_FACTORS)
-        return round_to_grid(weight, scale, zero, grid)
+        parts = (np.ascontiguousarray(weight[:, columns]) for columns in slabs(weight.shape[1]))
+        found = list(workers.map(_fitted, (covariance, grid), parts))
+        scale = np.concatenate([scale for scale, _ in found], axis=1)
+        zeros = [zero for _, zero in found if zero is not None]
+        return round_to_grid(weight, scale, np.concatenate(zeros, axis=1) if zeros else None, grid)
+
+
+def _fitted(shared: tuple[Doubles, Format], weight: Floats) -> tuple[Floats, Floats | None]:
+    """Scale and zero point of some columns."""
+    covariance, grid = shared
+    return fit(weight, grid, covariance=covariance, factors=_FACTORS)

@@ -8,9 +8,14 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from ....runtime.workers import SERIAL, Workers
 from ..grid import Doubles, Format
 from ..quantized_weight import Floats, QuantizedWeight
 
+_WIDEST = 1024
+"""Columns: a slab with its errors stays small beside the model, and a block of its rows in the cache."""
+_NARROWEST = 128
+_STEP = 16
 Remark = Callable[[str], None]
 """Takes one sentence about the layer at hand."""
 
@@ -38,15 +43,33 @@ class Algorithm(Protocol):
     needs_prefix_error: ClassVar[bool]
 
     def __call__(
-        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
+        self,
+        weight: Floats,
+        grid: Format,
+        statistics: LayerStatistics | None,
+        remark: Remark,
+        workers: Workers = SERIAL,
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N] float32, finite, to ``grid``; K is a multiple of the block size.
 
-        Layers that read the same input may come as one weight, concatenated along N: columns are independent.
+        Layers that read the same input may come as one weight, concatenated along N: columns are independent,
+        and go to the workers in `slabs`.
 
         Raises:
             ValueError: the algorithm needs statistics that are missing or do not have K features.
         """
+
+
+def slabs(columns: int) -> list[slice]:
+    """How the columns of a weight are shared out: by their number alone, so that results are always the same.
+
+    An even number of slabs, so that two workers end together, none so narrow that calls take longer than
+    arithmetic.
+    """
+    pairs = -(-columns // (2 * _WIDEST))
+    width = max(_NARROWEST, -(-columns // (2 * pairs or 1)))
+    width = -(-width // _STEP) * _STEP
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def covariance_of(statistics: LayerStatistics | None, features: int) -> Doubles:

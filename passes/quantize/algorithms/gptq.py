@@ -27,17 +27,15 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ....runtime.workers import SERIAL, Workers
 from ..grid import Doubles, Format, fit
 from ..quantized_weight import Floats, QuantizedWeight
-from .base import LayerStatistics, Remark
+from .base import LayerStatistics, Remark, slabs
 from .curvature import Curvature, curvature
 from .descent import descend
 from .feedback import round_with_feedback
 from .rounding import Rounding
 from .rtn import round_to_nearest
-
-_COLUMNS_AT_ONCE = 1024
-"""A slab with its errors stays small beside the model, and a block of its rows in the cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,18 +60,20 @@ class GPTQ:
     sweeps: int = 3
 
     def __call__(
-        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
+        self,
+        weight: Floats,
+        grid: Format,
+        statistics: LayerStatistics | None,
+        remark: Remark,
+        workers: Workers = SERIAL,
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N] under ``statistics.covariance``."""
         found = curvature(statistics, len(weight), damp=self.damp, act_order=self.act_order, remark=remark)
         if found is None or statistics is None:
             return round_to_nearest(weight, grid)
         target = self.target(weight, statistics, found)
-        to_fit = target.astype(np.float32)
-        grid = grid.prepared(to_fit)
-        metric = statistics.covariance if grid.block_size else None
-        scale, zero = fit(to_fit, grid, covariance=metric)
-        codes, _ = self.solve(target, grid, scale, zero, found)
+        grid = grid.prepared(target.astype(np.float32))
+        codes, scale, zero, _ = self.solve(target, grid, found, workers)
         return grid.stored(codes, scale, zero)
 
     def aim(self, weight: Floats, statistics: LayerStatistics) -> Doubles:
@@ -91,47 +91,88 @@ class GPTQ:
         self,
         target: Doubles,
         grid: Format,
-        scale: Floats,
-        zero: Floats | None,
         curvature: Curvature,
+        workers: Workers,
         *,
-        kept: npt.NDArray[np.bool_] | None = None,
-        fixed_grids: bool = False,
-    ) -> tuple[Floats, npt.NDArray[np.float16]]:
-        """Choose codes, one slab of columns after the other.
+        fixed: FixedGrids | None = None,
+    ) -> tuple[Floats, Floats, Floats | None, npt.NDArray[np.float16]]:
+        """Choose grids and codes, one slab of columns apart from the other.
 
         Args:
             target: [K, N], what is to be approximated.
             grid: what codes mean.
-            scale: [K / B, N]; changes in place where scales are refitted.
-            zero: [K / B, N], likewise; None for 0.
             curvature: of the output error.
-            kept: [K, N], which weights stay floats.
-            fixed_grids: refit nothing.
+            workers: do the slabs.
+            fixed: grids that are not to be fitted, with the weights that stay floats.
 
         Returns:
-            Codes [K, N] and the values [nnz] of the kept weights, row by row.
+            Codes [K, N], scale and zero point [K / B, N], and the values [nnz] of the kept weights, row by
+            row.
         """
-        codes = np.empty(target.shape, np.float32)
-        values = np.zeros(target.shape if kept is not None else (0, 0), np.float16)
-        for start in range(0, target.shape[1], _COLUMNS_AT_ONCE):
-            part = (slice(None), slice(start, start + _COLUMNS_AT_ONCE))
-            rounding = Rounding(
-                grid,
-                target[part],
-                scale[part],
-                None if zero is None else zero[part],
-                None if kept is None else kept[part],
+        parts = slabs(target.shape[1])
+        items = (_Slab.of(target, columns, fixed) for columns in parts)
+        found = list(workers.map(_solved, (self, grid, curvature), items))
+        codes, scale = (np.concatenate([slab[index] for slab in found], axis=1) for index in (0, 1))
+        zeros = [slab[2] for slab in found if slab[2] is not None]
+        zero = np.concatenate(zeros, axis=1) if zeros else None
+        if fixed is None:
+            return codes, scale, zero, np.zeros(0, np.float16)
+        values = np.zeros(target.shape, np.float16)
+        for columns, slab in zip(parts, found, strict=True):
+            values[:, columns][fixed.kept[:, columns]] = slab[3]
+        return codes, scale, zero, values[fixed.kept]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedGrids:
+    """Grids that were decided before codes are chosen.
+
+    Attributes:
+        scale: [K / B, N].
+        zero: [K / B, N].
+        kept: [K, N], which weights are not rounded but kept in float16.
+    """
+
+    scale: Floats
+    zero: Floats
+    kept: npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slab:
+    """Some columns of a target, with their fixed grids if there are any; arrays of their own."""
+
+    target: Doubles
+    fixed: FixedGrids | None
+
+    @classmethod
+    def of(cls, target: Doubles, columns: slice, fixed: FixedGrids | None) -> _Slab:
+        part = (slice(None), columns)
+        if fixed is not None:
+            fixed = FixedGrids(
+                fixed.scale[part].copy("C"), fixed.zero[part].copy("C"), fixed.kept[part].copy("C")
             )
-            in_groups = not self.act_order and grid.block_size > 0
-            round_with_feedback(
-                rounding,
-                curvature,
-                block_size=self.block_size,
-                fits_groups=in_groups and not fixed_grids,
-            )
-            descend(rounding, curvature, sweeps=self.sweeps, refits_scales=grid.clip and not fixed_grids)
-            codes[part] = rounding.codes
-            if kept is not None:
-                values[part] = rounding.dequantized
-        return codes, values[kept] if kept is not None else values.ravel()
+        return cls(target[part].copy("C"), fixed)
+
+
+_Solved = tuple[Floats, Floats, Floats | None, npt.NDArray[np.float16]]
+"""Codes, scale, zero point, values of the kept weights, row by row."""
+
+
+def _solved(shared: tuple[GPTQ, Format, Curvature], slab: _Slab) -> _Solved:
+    """Choose the codes of one slab, and its grids where they are not fixed."""
+    settings, grid, curvature = shared
+    fixed, kept = slab.fixed, None
+    if fixed is None:
+        metric = curvature.covariance if grid.block_size else None
+        scale, zero = fit(slab.target.astype(np.float32), grid, covariance=metric)
+    else:
+        scale, zero, kept = fixed.scale.copy(), fixed.zero.copy(), fixed.kept
+    rounding = Rounding(grid, slab.target, scale, zero, kept)
+    in_groups = not settings.act_order and grid.block_size > 0
+    round_with_feedback(
+        rounding, curvature, block_size=settings.block_size, fits_groups=in_groups and fixed is None
+    )
+    descend(rounding, curvature, sweeps=settings.sweeps, refits_scales=grid.clip and fixed is None)
+    values = np.zeros(0) if kept is None else rounding.dequantized[kept]
+    return rounding.codes.astype(np.float32), rounding.scale, rounding.zero, values.astype(np.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from ....runtime.workers import SERIAL, Workers
 from ..grid import Format, fit, round_to_grid
 from ..quantized_weight import Floats, QuantizedWeight
 from .base import LayerStatistics, Remark
@@ -18,7 +19,12 @@ class RoundToNearest:
     needs_prefix_error: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
+        self,
+        weight: Floats,
+        grid: Format,
+        statistics: LayerStatistics | None,
+        remark: Remark,
+        workers: Workers = SERIAL,
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N]; statistics are not looked at."""
         return round_to_nearest(weight, grid)

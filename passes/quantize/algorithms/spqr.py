@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ....runtime.workers import SERIAL, Workers
 from ..grid import Doubles, Format, Grid, fit, nearest_codes, round_to_grid
 from ..quantized_weight import Floats, Outliers, QuantizedWeight, SecondLevel
 from .base import LayerStatistics, Remark
 from .curvature import Curvature, curvature
 from .gptaq import GPTAQ
+from .gptq import FixedGrids
 
 _FINEST = 2048
 """Steps are at least this part of the largest value, so that what is subtracted fits float16 exactly."""
@@ -49,7 +51,12 @@ class SpQR(GPTAQ):
     second_level_block: int = 16
 
     def __call__(
-        self, weight: Floats, grid: Format, statistics: LayerStatistics | None, remark: Remark
+        self,
+        weight: Floats,
+        grid: Format,
+        statistics: LayerStatistics | None,
+        remark: Remark,
+        workers: Workers = SERIAL,
     ) -> QuantizedWeight:
         """Quantise ``weight`` [K, N]; of the grid, bits, group size and clipping count.
 
@@ -73,7 +80,8 @@ class SpQR(GPTAQ):
         metric = found.covariance if grid.block_size else None
         integers, level = self._grids(np.where(kept, np.float32(0), to_fit), grid, metric)
         scale, zero = level.scales(integers[0]), level.zero_points(integers[1])
-        codes, values = self.solve(target, grid, scale, zero, found, kept=kept, fixed_grids=True)
+        fixed = FixedGrids(scale, zero, kept)
+        codes, _, _, values = self.solve(target, grid, found, workers, fixed=fixed)
         return _stored(codes, integers, level, grid, Outliers(np.flatnonzero(kept), values))
 
     def _outliers(self, weight: Floats, grid: Grid, curvature: Curvature) -> npt.NDArray[np.bool_]:
