@@ -16,7 +16,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..ir.errors import InputError
 from .thread_limit import one_blas_thread
@@ -50,7 +50,7 @@ class Workers(Protocol):
 
         Raises:
             Exception: what ``function`` raised, as it was, where its result would come; what has not begun
-                is not begun then.
+                is not begun then. What making an item raised, after the results of the items before it.
         """
 
     def close(self) -> None:
@@ -164,26 +164,38 @@ def in_order(
         cancel: is called for pieces whose results nobody wants any more.
     """
     pending: collections.deque[H] = collections.deque()
-    source = iter(items)
+    source = _Source(items)
     try:
         while True:
-            while len(pending) < most:
+            while len(pending) < most and not source.is_over:
                 # Taken and passed on in one go: an item is held by who works on it, and not here.
-                begun = [submit(item) for item in _next_of(source)]
-                pending.extend(begun)
-                if not begun:
-                    break
+                pending.extend(submit(item) for item in source.next())
             if not pending:
-                return
+                break
             yield result(pending.popleft())
     finally:
         for handle in pending:
             cancel(handle)
+    if source.error is not None:
+        raise source.error
 
 
-def _next_of(source: Iterator[T]) -> Iterator[T]:
-    with contextlib.suppress(StopIteration):
-        yield next(source)
+class _Source(Generic[T]):
+    """Items until there are no more, or until making one fails."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self.is_over = False
+        self.error: Exception | None = None
+
+    def next(self) -> Iterator[T]:
+        """The next item, or nothing."""
+        try:
+            yield next(self._items)
+        except StopIteration:
+            self.is_over = True
+        except Exception as error:  # noqa: BLE001 — raised when what was begun is finished
+            self.is_over, self.error = True, error
 
 
 def usable_cores() -> int:

@@ -212,10 +212,14 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ObservedConsumer:
-    """A consumer with everything that pruning asks about it.
+    """A consumer with everything that pruning asks about it, in arrays: workers are sent it.
 
     Attributes:
-        layer: the consumer.
+        name: of its weight.
+        bias_name: of the bias that is refitted, if one is.
+        columns: [structures, width], the columns of the weight that each structure has.
+        stored_type: of refitted weights: their own if files have it, else float32, which holds all shorter
+            ones.
         weight: [out, in] float64.
         bias: [out] float64, the bias that is refitted, or None.
         mean: [in], of its inputs.
@@ -223,7 +227,10 @@ class ObservedConsumer:
         energy: E‖y‖², the bias included; 1 if the output is zero.
     """
 
-    layer: ConsumerLayer
+    name: str
+    bias_name: str | None
+    columns: Integers
+    stored_type: np.dtype[Any]
     weight: Doubles
     bias: Doubles | None
     mean: Doubles
@@ -233,13 +240,13 @@ class ObservedConsumer:
     def refitted(self) -> Consumer:
         """For refits: with a bias to refit, its mean output need not be kept by the weight."""
         if self.bias is not None:
-            return Consumer(self.weight, self.covariance, self.layer.columns, self.energy)
+            return Consumer(self.weight, self.covariance, self.columns, self.energy)
         return self.as_is()
 
     def as_is(self) -> Consumer:
         """For removals that leave everything else as it is."""
         second_moment = self.covariance + np.outer(self.mean, self.mean)
-        return Consumer(self.weight, second_moment, self.layer.columns, self.energy)
+        return Consumer(self.weight, second_moment, self.columns, self.energy)
 
 
 def observed(model: ir.Model, layer: ConsumerLayer, moments: tuple[Doubles, Doubles]) -> ObservedConsumer:
@@ -251,8 +258,22 @@ def observed(model: ir.Model, layer: ConsumerLayer, moments: tuple[Doubles, Doub
     mean_output = weight @ mean + (0.0 if bias is None else bias)
     energy = float(np.vdot(weight @ covariance, weight) + np.vdot(mean_output, mean_output))
     return ObservedConsumer(
-        layer, weight, bias if layer.bias is not None else None, mean, covariance, energy or 1.0
+        layer.name,
+        layer.bias,
+        layer.columns,
+        _stored_type(layer),
+        weight,
+        bias if layer.bias is not None else None,
+        mean,
+        covariance,
+        energy or 1.0,
     )
+
+
+def _stored_type(layer: ConsumerLayer) -> np.dtype[Any]:
+    dtype = layer.layers[0].weight.dtype
+    in_files = dtype in (ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+    return np.dtype(dtype.numpy() if dtype is not None and in_files else np.float32)
 
 
 def _constant(model: ir.Model, name: str) -> Array:

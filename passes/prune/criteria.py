@@ -54,5 +54,5 @@ def wanda(consumers: Sequence[ObservedConsumer]) -> Doubles:
 def _weighted_norms(consumer: ObservedConsumer) -> Doubles:
     second_moments = np.diag(consumer.covariance) + consumer.mean**2
     columns: Doubles = np.square(consumer.weight).sum(axis=0) * second_moments / consumer.energy
-    norms: Doubles = columns[consumer.layer.columns].sum(axis=1)
+    norms: Doubles = columns[consumer.columns].sum(axis=1)
     return norms

@@ -8,6 +8,9 @@ middle of: one block's, in a transformer.
 A group's file appears under its name when it is complete. Its key says what it was computed from (weights,
 calibration data, options, levels); a file with another key is written again, and the rest stays, so that an
 interrupted run goes on where it was.
+
+While the run goes on, workers prune the groups that were seen: so many as there are workers, and one more,
+are held in memory beside those.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ...runtime.calibration import ActivationStream
 from ..infrastructure.base import Feeds, PassContext
 from .consumers import ConsumerLayer, Moments, find_consumers
 from .criteria import Criterion
-from .group_levels import Outcome, prune_group
+from .group_levels import Outcome, prune_group, work_on
 from .taylor import taylor
 
 Array = npt.NDArray[Any]
@@ -235,17 +238,23 @@ class _Builder:
             )
         positions = _positions(self._model)
         collector = _Collector(jobs, stream, positions, self._seed)
-        for job in self._ctx.progress(collector.ordered, "prune each group"):
-            outcome = prune_group(
+        ordered = collector.ordered
+        works = (
+            work_on(
                 self._model,
                 job.group,
                 job.counts,
                 collector.collect(job),
                 criterion=self._criterion,
-                damp=self._damp,
                 scores=scores.get(job.group.name),
                 seed=self._seed,
             )
+            for job in ordered
+        )
+        outcomes = self._ctx.map(
+            prune_group, self._damp, works, total=len(ordered), description="prune each group"
+        )
+        for job, outcome in zip(ordered, outcomes, strict=True):
             job.write(outcome)
 
 

@@ -46,18 +46,39 @@ class Outcome:
     remarks: Sequence[str]
 
 
-def prune_group(
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupWork:
+    """All that pruning one group needs, in arrays: workers are sent it.
+
+    Attributes:
+        name: of the group.
+        structures: that it has.
+        counts: how many stay at each level.
+        consumers: with the moments of their inputs.
+        scores: [structures], by which they go, and what stays keeps its weights; None where they go by what
+            they cost, and what stays is refitted.
+        remarks: what there is to say so far.
+    """
+
+    name: str
+    structures: int
+    counts: Sequence[int]
+    consumers: Sequence[ObservedConsumer]
+    scores: Doubles | None
+    remarks: Sequence[str] = ()
+
+
+def work_on(
     model: ir.Model,
     group: ChannelGroup,
     counts: Sequence[int],
     moments: Sequence[tuple[ConsumerLayer, Moments]],
     *,
     criterion: Criterion,
-    damp: float,
     scores: Doubles | None,
     seed: int,
-) -> Outcome:
-    """Prune one group through all its levels.
+) -> GroupWork:
+    """What there is to do for one group.
 
     Args:
         model: dense; not changed.
@@ -65,13 +86,10 @@ def prune_group(
         counts: how many structures stay at each level.
         moments: the group's consumers with the mean of their inputs and the covariance about it.
         criterion: what decides which structures go.
-        damp: for ``obs``.
         scores: [structures], where the criterion is one that was computed before.
         seed: of random scores, with the group's name.
     """
     consumers = [observed(model, layer, of_inputs) for layer, of_inputs in moments]
-    if criterion == "obs" and consumers:
-        return _refitted(group, counts, consumers, damp)
     remarks = []
     if not consumers:
         criterion = "magnitude" if criterion in ("obs", "wanda", "taylor") else criterion
@@ -79,14 +97,22 @@ def prune_group(
             f"no layer that reads its structures can be observed: {criterion} decides, and errors are shares "
             "of the scores"
         )
-    if criterion == "magnitude":
+    if criterion == "obs":
+        scores = None
+    elif criterion == "magnitude":
         scores = magnitude(model, group)
     elif criterion == "wanda":
         scores = wanda(consumers)
     elif criterion == "random":
         scores = np.random.default_rng([seed, zlib.crc32(group.name.encode())]).random(group.structures)
-    assert scores is not None
-    return Outcome(_as_they_are(counts, consumers, scores), remarks)
+    return GroupWork(group.name, group.structures, counts, consumers, scores, remarks)
+
+
+def prune_group(damp: float, work: GroupWork) -> Outcome:
+    """Prune one group through all its levels; ``damp`` is for refits."""
+    if work.scores is None:
+        return _refitted(work, damp)
+    return Outcome(_as_they_are(work.counts, work.consumers, work.scores), work.remarks)
 
 
 def _as_they_are(
@@ -111,13 +137,12 @@ def _error(error: float, count: int) -> float:
     return float(error) if count else 1.0
 
 
-def _refitted(
-    group: ChannelGroup, counts: Sequence[int], consumers: Sequence[ObservedConsumer], damp: float
-) -> Outcome:
+def _refitted(work: GroupWork, damp: float) -> Outcome:
     """Structures go by what they cost, and what stays is refitted."""
-    partial = sorted(count for count in counts if 0 < count < group.structures)
+    counts, consumers, structures = work.counts, work.consumers, work.structures
+    partial = sorted(count for count in counts if 0 < count < structures)
     snapshots = {
-        group.structures: Snapshot(group.structures, np.arange(group.structures), 0.0, {}),
+        structures: Snapshot(structures, np.arange(structures), 0.0, {}),
         0: Snapshot(0, np.zeros(0, np.int64), 1.0, {}),
     }
     remarks: list[str] = []
@@ -135,29 +160,22 @@ def _refitted(
 def _snapshot(consumers: Sequence[ObservedConsumer], refitted: Sequence[Refit]) -> Snapshot:
     weights: dict[str, Array] = {}
     for consumer, refit in zip(consumers, refitted, strict=True):
-        layer = consumer.layer
-        weights[layer.name] = refit.weight.astype(_stored_type(layer))
-        if layer.bias is not None and consumer.bias is not None:
-            kept = layer.columns[refit.keep].reshape(-1)
+        weights[consumer.name] = refit.weight.astype(consumer.stored_type)
+        if consumer.bias_name is not None and consumer.bias is not None:
+            kept = consumer.columns[refit.keep].reshape(-1)
             lost = consumer.weight @ consumer.mean - refit.weight @ consumer.mean[kept]
-            weights[layer.bias] = consumer.bias + lost
+            weights[consumer.bias_name] = consumer.bias + lost
     errors = [refit.error / consumer.energy for consumer, refit in zip(consumers, refitted, strict=True)]
     keep = refitted[0].keep
     return Snapshot(len(keep), keep, float(np.mean(errors)), weights)
 
 
-def _stored_type(layer: ConsumerLayer) -> npt.DTypeLike:
-    """The weight's own type if files have it, else float32, which holds all shorter ones."""
-    dtype = layer.layers[0].weight.dtype
-    return dtype.numpy() if dtype in (ir.DataType.FLOAT16, ir.DataType.DOUBLE) else np.float32
-
-
 def _fallbacks(consumers: Sequence[ObservedConsumer], order: Removal, damp: float) -> Iterator[str]:
     for consumer, used, indefinite in zip(consumers, order.damp, order.indefinite, strict=True):
         if indefinite:
-            yield f"{consumer.layer.name}: only the positive part of its inputs' covariance was used"
+            yield f"{consumer.name}: only the positive part of its inputs' covariance was used"
         if used != damp:
             yield (
-                f"{consumer.layer.name}: its inputs' covariance cannot be inverted with damp={damp:g}; "
+                f"{consumer.name}: its inputs' covariance cannot be inverted with damp={damp:g}; "
                 f"damp={used:g} was used"
             )

@@ -239,11 +239,11 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     model, built = two_mlps(), []
     real = database_module.prune_group
 
-    def prune_group(model, group, *arguments, **options):
-        if len(built) == 1 and "stop" in flags:
+    def prune_group(damp, work):
+        if work.name == "layers.1.mlp" and "stop" in flags:
             raise KeyboardInterrupt
-        built.append(group.name)
-        return real(model, group, *arguments, **options)
+        built.append(work.name)
+        return real(damp, work)
 
     monkeypatch.setattr(database_module, "prune_group", prune_group)
     flags = {"stop"}
@@ -271,9 +271,9 @@ def test_what_was_computed_from_something_else_is_computed_again(change, tmp_pat
     built = []
     real = database_module.prune_group
 
-    def prune_group(model, group, *arguments, **options):
-        built.append(group.name)
-        return real(model, group, *arguments, **options)
+    def prune_group(damp, work):
+        built.append(work.name)
+        return real(damp, work)
 
     monkeypatch.setattr(database_module, "prune_group", prune_group)
     options = {}
@@ -289,7 +289,7 @@ def test_what_was_computed_from_something_else_is_computed_again(change, tmp_pat
     elif change == "levels":
         options = {"levels": {group.name: [INNER, 4] for group in structure.groups}}
     second, _, _ = build(model, tmp_path, **options)
-    assert built == ([] if change == "nothing" else ["layers.0.mlp", "layers.1.mlp"])
+    assert sorted(built) == ([] if change == "nothing" else ["layers.0.mlp", "layers.1.mlp"])
     assert (first.key == second.key) == (change == "nothing")
 
 
