@@ -7,7 +7,7 @@ GPTQ_PEERS ?=
 # Where Torch-Pruning is installed, see benchmarks/torch_pruning_worker.py; without it there are no such rows.
 TORCH_PRUNING ?=
 
-.PHONY: demo test slow lint types layers benchmark clean
+.PHONY: demo test slow lint types layers docs benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/sentence_embeddings.py
@@ -26,11 +26,16 @@ lint: $(VENV)/.dev
 # mypy finds the package by its name through a link, because the repository root is the package.
 types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/planish
-	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_cache -m planish.cli_explain -m planish.cli_generate -m planish.cli_options -m planish.cli_pruning -m planish.cli_tables \
-		-p planish.ir -p planish.codegen -p planish.runtime -p planish.passes
+	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_cache -m planish.cli_explain -m planish.cli_generate -m planish.cli_plan -m planish.cli_options -m planish.cli_pruning -m planish.cli_tables \
+		-p planish.ir -p planish.codegen -p planish.planning -p planish.runtime -p planish.passes
+	MYPYPATH=.typecheck:docs $(BIN)/mypy -m hooks -p generators
 
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+# The site, into site/; a link or page that is missing is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmark: $(VENV)/.bench
 	$(BIN)/python benchmarks/sentence_embeddings.py --peers
@@ -53,10 +58,10 @@ $(VENV)/.created:
 	touch $@
 
 # torch first and pinned, so that nothing later may ask for another build of it.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .typecheck build *.egg-info
+	rm -rf $(VENV) .typecheck build site *.egg-info

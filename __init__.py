@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .ir.errors import (
         ContractError,
         InputError,
+        MissingDataError,
         ModelError,
         NothingCoveredError,
         PassError,
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .ir.trace import trace, trace_causal_lm
+    from .planning import plan
     from .runtime.compiled_model import CompiledModel
 
 __all__ = [
     "CompiledModel",
     "ContractError",
     "InputError",
+    "MissingDataError",
     "ModelError",
     "NothingCoveredError",
     "PassError",
@@ -51,6 +54,7 @@ __all__ = [
     "get_target",
     "load",
     "load_checkpoint",
+    "plan",
     "save",
     "trace",
     "trace_causal_lm",
@@ -64,6 +68,7 @@ _PLACES = {
     "get_target": ".codegen",
     "load": ".ir",
     "load_checkpoint": ".ir.checkpoint",
+    "plan": ".planning",
     "save": ".ir",
     "trace": ".ir.trace",
     "trace_causal_lm": ".ir.trace",

@@ -1,4 +1,4 @@
-"""The command line: ``planish compile | inspect | structure | latency | passes | generate | …``.
+"""The command line: ``planish compile | plan | inspect | structure | latency | passes | generate | …``.
 
 Exit codes: 0 done, 1 an error of planish or of its input (one red line on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import cli_cache, cli_explain, cli_generate, cli_pruning
+from . import cli_cache, cli_explain, cli_generate, cli_plan, cli_pruning
 from .cli_options import (
     CalibrationOption,
     InputsOption,
@@ -30,7 +30,7 @@ from .cli_options import (
     format_shapes,
     read_batches,
     read_feeds,
-    read_pipeline,
+    read_recipe,
 )
 from .ir.errors import InputError, ModelError, PlanishError
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .passes.infrastructure.instruments import Instrument
-    from .passes.infrastructure.recipe import Recipe
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -69,23 +68,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _recipe(passes: str | None, recipe: Path | None, preset: str | None) -> Recipe:
-    """What one of three options says, or the default."""
-    from .passes.infrastructure.pipeline import Pipeline
-    from .passes.infrastructure.recipe import Recipe
-    from .passes.infrastructure.recipe import preset as find_preset
-
-    given = {"--passes": passes, "--recipe": recipe, "--preset": preset}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise InputError(f"expected one of {', '.join(given)}, found {' and '.join(names)}")
-    if recipe is not None:
-        return Recipe.read(recipe)
-    if preset is not None:
-        return find_preset(preset)
-    return Recipe(Pipeline.of("canonicalize,fuse")) if passes is None else Recipe(read_pipeline(passes))
 
 
 def _recipe_path(output: Path) -> Path:
@@ -219,7 +201,7 @@ def compile_command(
     from .passes.infrastructure.instruments import LatencyAfterEachPass, ProgressBars, RewriteStatistics
     from .runtime.provenance import SOURCE
 
-    chosen = _recipe(passes, recipe, preset)
+    chosen = read_recipe(passes, recipe, preset)
     target, seed = target or chosen.target or "onnxruntime-cpu", chosen.seed or 0 if seed is None else seed
     if not output.parent.is_dir():  # before hours of work, not after
         raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
@@ -310,6 +292,7 @@ def inspect(
 
 
 app.command(no_args_is_help=True)(cli_generate.generate)
+app.command(no_args_is_help=True)(cli_plan.plan)
 app.command(no_args_is_help=True)(cli_pruning.structure)
 app.command(no_args_is_help=True)(cli_pruning.latency)
 app.command(no_args_is_help=True)(cli_explain.report)

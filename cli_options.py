@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .passes.infrastructure.pipeline import Pipeline
+    from .passes.infrastructure.recipe import Recipe
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -52,6 +53,23 @@ def read_pipeline(text: str) -> Pipeline:
     from .passes.infrastructure.recipe import Recipe
 
     return Recipe.read(Path(text)).pipeline if text.endswith((".yaml", ".yml")) else Pipeline.of(text)
+
+
+def read_recipe(passes: str | None, recipe: Path | None, preset: str | None) -> Recipe:
+    """What one of three options says, or the default."""
+    from .passes.infrastructure.pipeline import Pipeline
+    from .passes.infrastructure.recipe import Recipe
+    from .passes.infrastructure.recipe import preset as find_preset
+
+    given = {"--passes": passes, "--recipe": recipe, "--preset": preset}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"expected one of {', '.join(given)}, found {' and '.join(names)}")
+    if recipe is not None:
+        return Recipe.read(recipe)
+    if preset is not None:
+        return find_preset(preset)
+    return Recipe(Pipeline.of("canonicalize,fuse")) if passes is None else Recipe(read_pipeline(passes))
 
 
 def read_feeds(model: Path, path: Path | None, sizes: Sequence[str] | None) -> Feeds:

@@ -54,8 +54,10 @@ from .runtime.workers import Workers, opened_workers
 Check = Literal["contract", "verify", "none"]
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
+SPILL_VARIABLE = "PLANISH_SPILL_FROM"
+"""Environment variable: bytes of a model's weights from which on new ones are kept in a file."""
 _LARGE = 1 << 30
-"""Bytes of weights from which on new ones are kept in a file."""
+"""Bytes, where the variable says nothing."""
 DEFAULT_PASSES = ("canonicalize", "fuse")
 
 
@@ -118,11 +120,11 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     Raises:
         PlanishError: with one line that names the pass, the node, what was expected and what to do.
     """
-    recipe = _recipe(passes, preset)
+    recipe = chosen_recipe(passes, preset)
     pipeline, seed = recipe.pipeline, (recipe.seed or 0 if seed is None else seed)
     target = target or recipe.target or "onnxruntime-cpu"
     target = get_target(target) if isinstance(target, str) else target
-    graph, signature, examples = _read(model, example_inputs, dynamic_shapes)
+    graph, signature, examples = read_model(model, example_inputs, dynamic_shapes)
     source_hash = content_hash(graph)
 
     def data(source: Any, *, labels: bool = False) -> Sequence[Feeds]:
@@ -156,7 +158,8 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     return compiled
 
 
-def _recipe(passes: Any, preset: str | None) -> Recipe:
+def chosen_recipe(passes: Any, preset: str | None) -> Recipe:
+    """What `compile` is to do, from its first arguments."""
     if preset is None and isinstance(passes, Path):
         return Recipe.read(passes)
     if preset is None:
@@ -174,9 +177,21 @@ def _work_cache(cache: bool | str | os.PathLike[str]) -> WorkCache | None:
     return found
 
 
+def spill_from() -> int:
+    """Bytes of a model's weights from which on new ones are kept in a file.
+
+    Raises:
+        InputError: the environment variable says something else.
+    """
+    text = os.environ.get(SPILL_VARIABLE, str(_LARGE))
+    if not text.isdigit():
+        raise InputError(f"environment variable {SPILL_VARIABLE}: expected bytes, found {text!r}")
+    return int(text)
+
+
 def _spill_folder(graph: ir.Model) -> Path | None:
     """Where new weights of a large model are kept; None: in memory."""
-    if size_of(graph)[1] < _LARGE:
+    if size_of(graph)[1] < spill_from():
         return None
     folder = cache_directory()
     try:
@@ -205,7 +220,7 @@ def _bind(
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 
-def _read(
+def read_model(
     model: Any, example_inputs: Any, dynamic_shapes: Any
 ) -> tuple[ir.Model, Signature | None, tuple[Feeds, ...]]:
     """The model in the IR, how to call it, and the example inputs as feeds."""

@@ -58,6 +58,10 @@ class InputError(PlanishError):
     """The data given (example inputs, calibration) does not fit the model's inputs."""
 
 
+class MissingDataError(InputError):
+    """A pass needs calibration or training data, and none was given."""
+
+
 class TargetError(PlanishError):
     """The target is unknown, or cannot bind or run an op of the model."""
 

@@ -7,6 +7,7 @@ stream; `shrink` and `drop` remove them, so that no mask is left.
 from .discover import discover
 from .drop import drop
 from .groups import ChannelGroup, Choice, Member, ResidualModule, Structure, Unprunable, new_weights
+from .modules import layers_of
 from .shrink import shrink
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Unprunable",
     "discover",
     "drop",
+    "layers_of",
     "new_weights",
     "shrink",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
@@ -11,6 +12,9 @@ from ..views import Block, blocks
 from ..views.values import is_constant
 from .groups import ChannelGroup, ModuleKind, ResidualModule
 from .names import common_path, unique
+
+_LAYER_NUMBER = re.compile(r"(.*?\.)?\d+(?=\.|$)")
+"""A module path up to its first number, such as ``model.layers.3``."""
 
 
 def residual_modules(model: ir.Model, groups: Sequence[ChannelGroup]) -> tuple[ResidualModule, ...]:
@@ -54,6 +58,28 @@ def _kind(block: Block) -> ModuleKind:
     if any(node.op_type == "Conv" for node in block.nodes):
         return "convolution"
     return "ffn" if block.linears else "other"
+
+
+def layers_of(modules: Sequence[ResidualModule]) -> list[list[ResidualModule]]:
+    """The modules by layer, in the order of the graph.
+
+    A layer begins where the first number in the modules' names changes, and with an attention that follows
+    something else: so self-attention, cross-attention and FFN are one layer, whatever the names are.
+    """
+    layers: list[list[ResidualModule]] = []
+    for module in modules:
+        before = layers[-1][-1] if layers else None
+        if before is None or _begins_layer(module, before):
+            layers.append([])
+        layers[-1].append(module)
+    return layers
+
+
+def _begins_layer(module: ResidualModule, before: ResidualModule) -> bool:
+    numbers = [_LAYER_NUMBER.match(name) for name in (module.name, before.name)]
+    if all(numbers) and len({number.group() for number in numbers if number}) == 2:
+        return True
+    return module.kind == "attention" and before.kind != "attention"
 
 
 def unneeded_without(branches: Iterable[tuple[ir.Node, ir.Value]]) -> set[ir.Node]:

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.errors import InputError, PassError, PipelineError, TargetError
+from ...ir.errors import MissingDataError, PassError, PipelineError, TargetError
 from ...ir.views import Linear, linears
 from ...runtime.sensitivity import WeightSensitivity, first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
@@ -120,7 +120,7 @@ class Allocate(Pass):
     def _samples(self, model: ir.Model, ctx: PassContext) -> list[Feeds]:
         data = ctx.calibration or ctx.examples
         if not data:
-            raise InputError(
+            raise MissingDataError(
                 "allocate: sensitivities are measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )

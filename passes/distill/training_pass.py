@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ...ir.errors import InputError, PipelineError
+from ...ir.errors import MissingDataError, PipelineError
 from ...runtime.training import (
     Hook,
     Losses,
@@ -100,7 +100,7 @@ class TrainingPass(Pass):
         self, model: ir.Model, ctx: PassContext, weights: list[Weight], hook: Hook | None = None
     ) -> Trained:
         if not ctx.training:
-            raise InputError(
+            raise MissingDataError(
                 f"{self.name}: training needs data, and there is none",
                 hint="give compile(..., training=inputs) or calibration=inputs",
             )

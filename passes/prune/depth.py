@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
 from ...ir import clone
 from ...ir.errors import InputError
-from ...ir.structure import ResidualModule, drop
+from ...ir.structure import ResidualModule, drop, layers_of
 from ...ir.walk import all_values
-
-_LAYER_NUMBER = re.compile(r"(.*?\.)?\d+(?=\.|$)")
-"""A module path up to its first number, such as ``model.layers.3``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,28 +31,6 @@ class DepthUnit:
     layer: int
     weights: int
     spans: tuple[tuple[str, str], ...]
-
-
-def layers_of(modules: Sequence[ResidualModule]) -> list[list[ResidualModule]]:
-    """The modules by layer, in the order of the graph.
-
-    A layer begins where the first number in the modules' names changes, and with an attention that follows
-    something else: so self-attention, cross-attention and FFN are one layer, whatever the names are.
-    """
-    layers: list[list[ResidualModule]] = []
-    for module in modules:
-        before = layers[-1][-1] if layers else None
-        if before is None or _begins_layer(module, before):
-            layers.append([])
-        layers[-1].append(module)
-    return layers
-
-
-def _begins_layer(module: ResidualModule, before: ResidualModule) -> bool:
-    numbers = [_LAYER_NUMBER.match(name) for name in (module.name, before.name)]
-    if all(numbers) and len({number.group() for number in numbers if number}) == 2:
-        return True
-    return module.kind == "attention" and before.kind != "attention"
 
 
 def depth_units(

@@ -23,8 +23,8 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from ...ir import clone
-from ...ir.errors import InputError, PassError, PipelineError
-from ...ir.structure import ResidualModule, Structure, discover, drop
+from ...ir.errors import MissingDataError, PassError, PipelineError
+from ...ir.structure import ResidualModule, Structure, discover, drop, layers_of
 from ...runtime.calibration import ActivationStream
 from ...runtime.sensitivity import first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
@@ -38,7 +38,6 @@ from .depth import (
     RemovalOrder,
     depth_units,
     fewest_reaching,
-    layers_of,
     module_weights,
     must_stay,
 )
@@ -75,6 +74,7 @@ class DropBlocks(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
     forbids: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
     uses_original: ClassVar[bool] = True
+    works_by_layer: ClassVar[bool] = False
 
     method: Literal["entropy", "greedy"] = "entropy"
     count: int | None = None
@@ -151,7 +151,7 @@ class DropBlocks(Pass):
     ) -> RemovalOrder:
         data = ctx.calibration or ctx.examples
         if not data:
-            raise InputError(
+            raise MissingDataError(
                 f"drop-blocks: {self.method} is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )

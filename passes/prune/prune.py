@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from ...codegen.target import Target
-from ...ir.errors import InputError, PassError, PipelineError
+from ...ir.errors import MissingDataError, PassError, PipelineError
 from ...ir.structure import Structure, discover
 from ...runtime.latency_table import LatencyTable
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
@@ -190,7 +190,7 @@ class Prune(Pass):
 
     def _samples(self, model: ir.Model, ctx: PassContext) -> list[Feeds]:
         if not ctx.calibration:
-            raise InputError(
+            raise MissingDataError(
                 "prune: what a layer can miss is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or --calibration inputs.npz",
             )

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...ir import clone
-from ...ir.errors import InputError, PassError, PipelineError
+from ...ir.errors import InputError, MissingDataError, PassError, PipelineError
 from ...ir.structure import ChannelGroup, Choice, ResidualModule, Structure, discover, drop, shrink
 from ...ir.views import linears
 from ...runtime.calibration import ActivationStream
@@ -105,7 +105,7 @@ class TwoStage(Pass):
             return PassResult(modified=False, coverage=dataclasses.replace(coverage, covered=0))
         data = ctx.calibration or ctx.examples
         if not data:
-            raise InputError(
+            raise MissingDataError(
                 "two-stage: neurons are scored on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )

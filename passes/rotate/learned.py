@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from ...codegen.torch_fx import INPUTS_KEY, lower, run
-from ...ir.errors import InputError, PassError
+from ...ir.errors import InputError, MissingDataError, PassError
 from ...ir.views import AttentionBlock, attentions, linears
 from .cayley import CayleySGD
 from .change import Change
@@ -122,7 +122,7 @@ def learn_rotations(
     if not turns:
         raise PassError("rotate: the model allows neither R1 nor R2", hint="run fold-norms first")
     if not feeds:
-        raise InputError("rotate: learning rotations needs calibration data")
+        raise MissingDataError("rotate: learning rotations needs calibration data")
     loss = _Loss(model, turns, learning)
     kept = max(1, len(feeds) // 10)
     seen, held_out = feeds[: len(feeds) - kept] or feeds, feeds[len(feeds) - kept :]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.errors import InputError
+from ...ir.errors import InputError, MissingDataError
 from ..calibration.data import LABELS, Feeds, has_batch_axis
 
 _CACHE = "past_key_values."
@@ -49,7 +49,7 @@ class Batches:
         self, data: Sequence[Feeds], model: ir.Model, *, size: int, held_out: float, seed: int
     ) -> None:
         if not data:
-            raise InputError(
+            raise MissingDataError(
                 "training needs data, and there is none",
                 hint="give compile(..., training=inputs) or calibration=inputs",
             )

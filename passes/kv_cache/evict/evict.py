@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ....ir.companions import EVICTION, EVICTS_KEY, attach
-from ....ir.errors import InputError, PassError, PipelineError
+from ....ir.errors import MissingDataError, PassError, PipelineError
 from ....ir.graph_builder import GraphBuilder
 from ....ir.views.caches import CachedLayer, cached_layers
 from ....runtime.generate.eviction import RENUMBERS_KEY, WINDOW_KEY
@@ -221,7 +221,7 @@ class Evict(Pass):
         """Of the heads of each layer."""
         data = ctx.calibration or ctx.examples
         if not data:
-            raise InputError(
+            raise MissingDataError(
                 "evict: what heads contribute is measured on calibration data, and there is none",
                 hint="give compile(..., calibration=inputs), or example_inputs",
             )

@@ -17,7 +17,7 @@ from planish.codegen import get_target
 from planish.ir import clone, verify
 from planish.ir.diff import diff_models
 from planish.ir.errors import InputError, NothingCoveredError, PassError, PipelineError
-from planish.ir.structure import ResidualModule, discover
+from planish.ir.structure import ResidualModule, discover, layers_of
 from planish.ir.trace import trace
 from planish.passes.canonicalize import Canonicalize
 from planish.passes.infrastructure.base import Fact, PassContext
@@ -25,7 +25,7 @@ from planish.passes.infrastructure.driver import run_pipeline
 from planish.passes.infrastructure.facts import set_facts
 from planish.passes.infrastructure.pipeline import Pipeline
 from planish.passes.prune.deployment import Deployment, Timing
-from planish.passes.prune.depth import fewest_reaching, layers_of
+from planish.passes.prune.depth import fewest_reaching
 from planish.passes.prune.drop_blocks import DropBlocks
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.reference import run_model
