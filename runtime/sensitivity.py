@@ -1,6 +1,7 @@
 """How much the outputs of a model change when some of its weights are replaced by others.
 
-One session serves all replacements: in a copy of the graph, the weights in question are inputs. For logits
+One session serves all replacements: in a copy of the graph, the weights in question are inputs. What measures
+can be sent to another process, which opens a session of its own. For logits
 the change is KL(softmax(dense) ‖ softmax(changed)), the mean over tokens in nats; for other outputs it is
 ‖changed − dense‖² / ‖dense‖². Padding tokens do not count.
 """
@@ -38,19 +39,27 @@ class WeightSensitivity:
         weights: names of the initializers that will be replaced. Where the value's shape says less than its
             constant's, arrays of other sizes may take its place.
         samples: complete feeds, one small batch each.
+        threads: of the session; one per core if absent. With one, threads may measure side by side.
 
     Raises:
         InputError: there are no samples, no float outputs, or the dense outputs are not finite.
         TargetError: onnxruntime rejects the graph.
     """
 
-    def __init__(self, model: ir.Model, weights: Sequence[str], samples: Sequence[Feeds]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        weights: Sequence[str],
+        samples: Sequence[Feeds],
+        *,
+        threads: int | None = None,
+    ) -> None:
         if not samples:
             raise InputError("sensitivities are measured on inputs, and there are none")
         self._samples = samples
         self._outputs = _measured_outputs(model)
         self._dense = {name: np.asarray(_constant(model, name).numpy(), order="C") for name in weights}
-        self._session, self._shared = _open(model, weights, self._outputs)
+        self._session = _FreeWeights(model, weights, self._outputs, threads)
         self._reference = [
             {name: self._measure(name, _kept_rows(array, feeds, len(samples))) for name, array in outputs}
             for feeds, outputs in ((feeds, self._run(feeds, {}).items()) for feeds in samples)
@@ -92,7 +101,11 @@ class WeightSensitivity:
             name: np.asarray(changed[name], dense.dtype, order="C") if name in changed else dense
             for name, dense in self._dense.items()
         }
-        return run_session(self._session, {**feeds, **weights})
+        return self._session.run({**feeds, **weights})
+
+    def dense(self, weight: str) -> Array:
+        """A weight as the model has it; not to be written."""
+        return self._dense[weight]
 
 
 def first_samples(data: Sequence[Feeds], count: int, model: ir.Model) -> list[Feeds]:
@@ -137,25 +150,57 @@ def _constant(model: ir.Model, name: str) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _open(
-    model: ir.Model, weights: Sequence[str], outputs: Sequence[str]
-) -> tuple[onnxruntime.InferenceSession, Mapping[str, Array]]:
-    """A session whose inputs are the model's and ``weights``, and the arrays that it reads: keep them."""
-    copy = clone(model)
-    graph = copy.graph
-    for name in weights:
-        value = graph.initializers.pop(name)
-        value.const_value = None
-        if value not in graph.inputs:
-            graph.inputs.append(value)
-    kept = [value for value in graph.outputs if value.name in outputs]
-    graph.outputs[:] = kept
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    for key, entry in _DEQUANTIZE_ONCE.items():
-        options.add_session_config_entry(key, entry)
-    serialized, shared = serialize_sharing_weights(copy, options)
-    return open_session(serialized, options), shared
+class _FreeWeights:
+    """A graph whose inputs are the model's and some weights, in a session; each process opens its own."""
+
+    def __init__(
+        self, model: ir.Model, weights: Sequence[str], outputs: Sequence[str], threads: int | None
+    ) -> None:
+        copy = clone(model)
+        graph = copy.graph
+        for name in weights:
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            if value not in graph.inputs:
+                graph.inputs.append(value)
+        kept = [value for value in graph.outputs if value.name in outputs]
+        graph.outputs[:] = kept
+        self._threads = threads
+        options = self._options()
+        self._serialized, self._shared = serialize_sharing_weights(copy, options)
+        self._beside: Mapping[str, ir.TensorProtocol | Array] = {
+            name: _constant(copy, name) for name in self._shared
+        }
+        self._session: onnxruntime.InferenceSession | None = open_session(self._serialized, options)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """The outputs for these inputs and weights."""
+        if self._session is None:
+            options = self._options()
+            self._shared = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array))
+                for name, array in self._beside.items()
+            }
+            if self._shared:
+                options.add_external_initializers(list(self._shared), list(self._shared.values()))
+            self._session = open_session(self._serialized, options)
+        return run_session(self._session, feeds)
+
+    def _options(self) -> onnxruntime.SessionOptions:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        for key, entry in _DEQUANTIZE_ONCE.items():
+            options.add_session_config_entry(key, entry)
+        return options
+
+    def __getstate__(self) -> dict[str, Any]:
+        arrays = {
+            name: array if isinstance(array, np.ndarray) else np.asarray(array.numpy(), order="C")
+            for name, array in self._beside.items()
+        }
+        return self.__dict__ | {"_session": None, "_shared": {}, "_beside": arrays}
 
 
 def _kept_rows(array: Array, feeds: Feeds, batches: int) -> Array:

@@ -25,13 +25,14 @@ import onnx_ir as ir
 
 from ...ir.errors import MissingDataError, PassError, PipelineError, TargetError
 from ...ir.views import Linear, linears
-from ...runtime.sensitivity import WeightSensitivity, first_samples
+from ...runtime.sensitivity import first_samples
 from ..infrastructure.base import Contract, Coverage, Fact, Feeds, Pass, PassContext, PassResult, Skipped
 from ..infrastructure.patterns import matches
 from ..quantize.layer_plan import Planner
 from ..quantize.selection import SCHEME_KEY
 from .candidates import Candidate, parse_candidate
-from .layers import Catalogue, Group, Option, changed_weights
+from .layers import Catalogue, Group, Option
+from .losses import with_losses
 from .program import Budget, choose
 
 
@@ -108,7 +109,7 @@ class Allocate(Pass):
         if not groups:
             return PassResult(modified=False, coverage=coverage)
         self._require_possible(groups)
-        groups = _with_losses(groups, model, samples, ctx)
+        groups = with_losses(groups, model, samples, ctx)
         chosen = self._solve(groups)
         counts: dict[str, int] = {}
         for group, option in zip(groups, chosen, strict=True):
@@ -236,31 +237,6 @@ def _members(wanted: Sequence[Linear], *, together: bool) -> list[list[Linear]]:
     for linear in wanted:
         groups.setdefault(linear.input if together else linear, []).append(linear)
     return list(groups.values())
-
-
-def _with_losses(
-    groups: Sequence[Group], model: ir.Model, samples: Sequence[Feeds], ctx: PassContext
-) -> list[Group]:
-    """The groups with measured losses; options that leave no finite output are dropped."""
-    names = [str(linear.weight.name) for group in groups for linear in group.linears]
-    sensitivity = WeightSensitivity(model, names, samples)
-    measured = []
-    for group in ctx.progress(groups, "measure sensitivities"):
-        options = []
-        for option in group.options:
-            dense = option.candidate.scheme is None
-            loss = 0.0 if dense else sensitivity.loss(changed_weights(group, option))
-            if math.isfinite(loss):
-                options.append(dataclasses.replace(option, loss=loss))
-            else:
-                ctx.remark(group.name, f"cannot be {option.candidate.text}: the outputs are not finite")
-        if not options:
-            raise PassError(
-                f"allocate: {group.name}: every candidate makes the outputs infinite",
-                hint="add dense to the candidates",
-            )
-        measured.append(dataclasses.replace(group, options=tuple(options)))
-    return measured
 
 
 def _write(group: Group, option: Option, ctx: PassContext) -> None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from ...codegen.target import Target
 from ...ir.errors import TargetError
 from ...ir.views import Linear
-from ..quantize.algorithms.rtn import round_to_nearest
 from ..quantize.layer_plan import LayerPlan, Planner
-from ..quantize.linear_layers import read_linear_weight
 from .candidates import Candidate, Cost, dense_cost, quantized_cost
 
 Plans = tuple[LayerPlan | None, ...]
@@ -145,13 +140,3 @@ class Catalogue:
         if isinstance(plans, str):
             return self._cost_of_all(linears, Candidate("dense", None), (None,) * len(linears)).seconds
         return self._cost_of_all(linears, self._reference, plans).seconds
-
-
-def changed_weights(group: Group, option: Option) -> dict[str, npt.NDArray[np.float32]]:
-    """The weights of the group as the option stores them, by initializer, in the layout of the graph."""
-    changed = {}
-    for linear, plan in zip(group.linears, option.plans, strict=True):
-        if plan is not None:
-            weight = round_to_nearest(read_linear_weight(linear), plan.grid).dequantized()
-            changed[str(linear.weight.name)] = weight.T if linear.transposed else weight
-    return changed

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from ...ir.views import Linear
 from ...runtime.calibration import Covariance
 from ...runtime.calibration.ranges import ChannelMeans
+from ...runtime.workers import Workers
 from ..quantize.algorithms.rtn import round_to_nearest
 from ..quantize.grid import Format
 from ..quantize.quantized_weight import Floats
@@ -71,23 +72,22 @@ class AWQWatcher:
         self._means.update(rows)
         self._covariance.update(rows)
 
-    def choose(self) -> Choice:
+    def choose(self, workers: Workers) -> Choice:
         """The scale with the least output error."""
         weight = _side_by_side(self._linears)
         covariance = self._covariance.mean.astype(np.float32)
         grid = self._method.grid_of(_scale_dtype(self._linears[0].weight))
         exponents = np.arange(self._method.candidates) / self._method.candidates
-        errors = [
-            output_error(weight, awq_scale(self._means.means, exponent), covariance, grid)
-            for exponent in exponents
-        ]
+        scales = [awq_scale(self._means.means, exponent) for exponent in exponents]
+        errors = list(workers.map(_error_of, (weight, covariance, grid), scales))
         best = int(np.argmin(errors))
         if not errors[best] < errors[0]:
             return Choice(None, "r = 0: no scale lowers the output error, left as it is")
-        scale = awq_scale(self._means.means, exponents[best])
         energy = _energy(weight, covariance)
         before, after = (np.sqrt(error / energy) for error in (errors[0], errors[best]))
-        return Choice(scale, f"r = {exponents[best]:.2f}: relative output error {before:.3g} → {after:.3g}")
+        return Choice(
+            scales[best], f"r = {exponents[best]:.2f}: relative output error {before:.3g} → {after:.3g}"
+        )
 
 
 def awq_scale(means: Doubles, exponent: float) -> Doubles:
@@ -95,6 +95,12 @@ def awq_scale(means: Doubles, exponent: float) -> Doubles:
     scale = np.maximum(means**exponent, _SMALLEST_SCALE)
     scale /= np.sqrt(scale.max() * scale.min())
     return scale
+
+
+def _error_of(shared: tuple[Floats, Floats, Format], scale: Doubles) -> float:
+    """`output_error` as a function for workers."""
+    weight, covariance, grid = shared
+    return output_error(weight, scale, covariance, grid)
 
 
 def output_error(weight: Floats, scale: Doubles, covariance: Floats, grid: Format) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...ir.views import Linear
+from ...runtime.workers import Workers
 from .fold import Doubles
 
 
@@ -32,7 +33,7 @@ class Watcher(Protocol):
     def update(self, rows: npt.NDArray[np.float32]) -> None:
         """Take note of rows [tokens, channels] of the group's input."""
 
-    def choose(self) -> Choice:
+    def choose(self, workers: Workers) -> Choice:
         """The scale, after all rows were seen; reads the group's weights, which are as they were."""
 
 

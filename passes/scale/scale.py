@@ -12,18 +12,24 @@ column, and scaling its rows does not change its output.)
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from ...ir.errors import PipelineError
+from ...ir.views import Linear
+from ...runtime.calibration import Tap
 from ..infrastructure.base import Contract, Coverage, Fact, Pass, PassContext, PassResult, Skipped
 from ..infrastructure.patterns import matches
 from ..quantize.scheme import parse_scheme
 from .awq import AWQ
 from .fold import Doubles, fold
-from .method import Method
+from .kept_choices import from_arrays, to_arrays
+from .method import Method, Watcher
 from .pairs import ScalingGroup, scaling_groups
 from .smoothquant import SmoothQuant
 
@@ -99,7 +105,7 @@ class Scale(Pass):
         """The groups with a linear that will be quantised, and that the method can scale."""
         method, kept = self._method(), []
         for group in groups:
-            linears = [linear for linear in group.linears if self._is_target(linear.name)]
+            linears = self._targets_of(group)
             reason = method.reason_to_skip(linears) if linears else "ignored"
             if reason is None:
                 kept.append(group)
@@ -109,16 +115,43 @@ class Scale(Pass):
 
     def _choose(self, model: ir.Model, ctx: PassContext, groups: list[ScalingGroup]) -> list[Doubles | None]:
         """The scale of every group, or None where it is best left as it is; the model is not changed."""
-        method, stream, scales = self._method(), ctx.activation_stream(model), []
-        for group in ctx.progress(groups, f"scale: {self.method}"):
-            linears = [linear for linear in group.linears if self._is_target(linear.name)]
-            watcher = method.watch(str(group.value.name), linears)
-            for tap in stream.advance([group.value]):
-                watcher.update(tap.rows(group.value))
-            choice = watcher.choose()
-            ctx.remark(group.name, choice.remark)
-            scales.append(choice.scale)
-        return scales
+        work, decided_by = ctx.work(model), self._decisions(groups)
+        kept = [work.recall(group.name, by) for group, by in zip(groups, decided_by, strict=True)]
+        choices = {index: from_arrays(found) for index, found in enumerate(kept) if found is not None}
+        missing = [index for index in range(len(groups)) if index not in choices]
+        # Where something was kept the data moves on all the same: what follows is the same to the last bit.
+        to_pass = groups[: missing[-1] + 1] if missing else []
+        stream = ctx.activation_stream(model) if missing else None
+        for index, group in enumerate(ctx.progress(to_pass, f"scale: {self.method}")):
+            assert stream is not None
+            taps = stream.advance([group.value])
+            if index in choices:
+                collections.deque(taps, maxlen=0)
+                continue
+            choices[index] = self._watched(group, taps).choose(ctx.workers)
+            work.keep(group.name, decided_by[index], to_arrays(choices[index]))
+        for index, group in enumerate(groups):
+            ctx.remark(group.name, choices[index].remark)
+        return [choices[index].scale for index in range(len(groups))]
+
+    def _watched(self, group: ScalingGroup, taps: Iterable[Tap]) -> Watcher:
+        watcher = self._method().watch(str(group.value.name), self._targets_of(group))
+        for tap in taps:
+            watcher.update(tap.rows(group.value))
+        return watcher
+
+    def _decisions(self, groups: Sequence[ScalingGroup]) -> list[str]:
+        """For each group what decides its scale: options, and where the run over the data stops before it."""
+        options = (self.method, self.alpha, self.scheme, self.group_size, self.symmetric, self.clip)
+        digest = hashlib.sha256(repr((options, self.candidates)).encode())
+        found = []
+        for group in groups:
+            digest.update(repr([linear.name for linear in self._targets_of(group)]).encode())
+            found.append(digest.hexdigest())
+        return found
+
+    def _targets_of(self, group: ScalingGroup) -> list[Linear]:
+        return [linear for linear in group.linears if self._is_target(linear.name)]
 
     def _method(self) -> Method:
         if self.method == "smoothquant":

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ...ir.views import Linear
 from ...runtime.calibration.ranges import ChannelMaxima
+from ...runtime.workers import Workers
 from .fold import Doubles, read_weight
 from .method import Choice
 
@@ -50,8 +51,9 @@ class SmoothQuantWatcher:
         """Take note of rows [tokens, channels]."""
         self._activations.update(rows)
 
-    def choose(self) -> Choice:
+    def choose(self, workers: Workers) -> Choice:
         """The scale, and how much smaller the largest activation becomes."""
+        del workers
         maxima = self._activations.maxima.astype(np.float64)
         scale = smoothing_scale(maxima, _row_maxima(self._linears), self._alpha)
         before, after = float(maxima.max()), float((maxima / scale).max())
