@@ -91,6 +91,11 @@ class Work:
             with contextlib.suppress(OSError):
                 write_whole(self._path(subject, decided_by), hashlib.sha256(stored).digest() + stored)
 
+    def forget(self, subject: str, decided_by: str) -> None:
+        """Delete what was kept of a subject, if anything was."""
+        with contextlib.suppress(OSError):
+            self._path(subject, decided_by).unlink(missing_ok=True)
+
     def _path(self, subject: str, decided_by: str) -> Path:
         digest = hashlib.sha256(json.dumps([subject, decided_by]).encode()).hexdigest()
         return self.folder / f"{digest[:40]}.result"

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -23,12 +25,28 @@ class CayleySGD:
     Args:
         matrices: float64 [n, n], orthogonal; changed in place, their ``grad`` is read.
         momentum: β.
+        directions: M of each, where steps were made before; else zero.
     """
 
-    def __init__(self, matrices: Sequence[torch.Tensor], *, momentum: float) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[torch.Tensor],
+        *,
+        momentum: float,
+        directions: Sequence[npt.NDArray[np.float64]] | None = None,
+    ) -> None:
         self._matrices = matrices
         self._momentum = momentum
-        self._directions = [torch.zeros_like(matrix) for matrix in matrices]
+        self._directions = (
+            [torch.zeros_like(matrix) for matrix in matrices]
+            if directions is None
+            else [torch.tensor(direction) for direction in directions]
+        )
+
+    @property
+    def directions(self) -> list[npt.NDArray[np.float64]]:
+        """M of each matrix, for an optimiser that goes on from here."""
+        return [direction.numpy().copy() for direction in self._directions]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.content_hash import graph_hash
 from ..infrastructure.base import PassContext
 from .hadamard import Kind, kronecker_hadamard, largest_block, rotation
+from .learning_memory import LearningMemory
 from .residual import Draw
 from .vectors import VectorFunction, Vectors
 
@@ -61,7 +63,16 @@ def learned_draw(
     learning = Learning(
         steps=steps, sequences=sequences, learning_rate=learning_rate, activation_bits=activation_bits
     )
-    learned = learn_rotations(model, list(ctx.calibration), rng=ctx.rng, learning=learning, progress=progress)
+    # The online rotations that the model has by now may depend on measured times.
+    decided_by = repr((learning, graph_hash(model), ctx.rng.bit_generator.state))
+    memory = LearningMemory(ctx.work(model), decided_by)
+    learned = memory.finished(ctx.rng)
+    if learned is None:
+        data = list(ctx.calibration)
+        learned = learn_rotations(
+            model, data, rng=ctx.rng, learning=learning, progress=progress, memory=memory
+        )
+        memory.finish(learned, ctx.rng)
     before, after = learned.held_out
     outcome = "" if after < before else ": not lower, so the random rotations are taken"
     ctx.remark("learned rotations", f"loss on data kept from learning {before:.4g} → {after:.4g}{outcome}")

@@ -36,13 +36,13 @@ from .cayley import CayleySGD
 from .change import Change
 from .hadamard import rotation
 from .heads import output_rows, value_columns
+from .learning_memory import LearnedRotations, LearningMemory, Matrix, Position
 from .residual import residual_rotations
 from .turned_module import Turn, turned_module
 from .values import value_rotations
 from .vectors import VectorFunction
 
 Feeds = Mapping[str, npt.NDArray[Any]]
-Matrix = npt.NDArray[np.float64]
 Objective = Literal["next-token", "distillation", "output"]
 Progress = Callable[[Sequence[int]], Iterator[int]]
 
@@ -78,23 +78,6 @@ class Learning:
     objective: Objective | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnedRotations:
-    """What was learned.
-
-    Attributes:
-        matrices: orthogonal float64 matrices Q, for x·Q, by the label of the `Change` that they are for:
-            ``R1 model.embed_tokens``, ``R2 model.layers.0.self_attn.v_proj``.
-        losses: the loss of each step, before its update; every step has other data.
-        held_out: the loss with the first and with the learned rotations, on data kept from learning. Where
-            learning did not lower it, ``matrices`` are the first ones.
-    """
-
-    matrices: Mapping[str, Matrix]
-    losses: tuple[float, ...]
-    held_out: tuple[float, float]
-
-
 def learn_rotations(
     model: ir.Model,
     feeds: Sequence[Feeds],
@@ -102,6 +85,7 @@ def learn_rotations(
     rng: np.random.Generator,
     learning: Learning | None = None,
     progress: Progress = iter,
+    memory: LearningMemory | None = None,
 ) -> LearnedRotations:
     """Learn R1 of every residual stream and R2 of every attention.
 
@@ -112,6 +96,7 @@ def learn_rotations(
         rng: draws the first rotations and the order of the feeds.
         learning: how.
         progress: iterates over the numbers of the steps and shows how far it is.
+        memory: keeps where learning is; it goes on where an earlier run was interrupted.
 
     Raises:
         PassError: the model allows no rotation, or the loss is not finite.
@@ -127,21 +112,46 @@ def learn_rotations(
     kept = max(1, len(feeds) // 10)
     seen, held_out = feeds[: len(feeds) - kept] or feeds, feeds[len(feeds) - kept :]
     drawn = [[_first_matrix(turn, rng) for turn in turns] for _ in range(max(1, learning.starts))]
-    matrices = min(drawn, key=lambda start: loss.mean(seen[:kept], start)) if len(drawn) > 1 else drawn[0]
-    first = [matrix.detach().clone() for matrix in matrices]
-    before = loss.mean(held_out, first)
-    optimizer = CayleySGD(matrices, momentum=learning.momentum)
+    position = None if memory is None else memory.position()
+    if position is None:
+        position = _beginning(loss, drawn, seen[:kept], held_out)
+    matrices = [torch.tensor(matrix, requires_grad=True) for matrix in position.matrices]
+    optimizer = CayleySGD(matrices, momentum=learning.momentum, directions=position.directions)
     batches = _batches(seen, learning.sequences, rng)
-    losses = []
+    losses = list(position.losses)
     for step in progress(range(learning.steps)):
-        losses.append(loss.add_gradients(next(batches), matrices))
+        batch = next(batches)
+        if step < len(position.losses):
+            continue
+        losses.append(loss.add_gradients(batch, matrices))
         if not math.isfinite(losses[-1]):
             raise PassError(f"rotate: the loss is {losses[-1]} at step {step} of learning")
         optimizer.step(learning.learning_rate * (1 + math.cos(math.pi * step / learning.steps)) / 2)
+        if memory is not None and memory.is_due():
+            memory.keep(
+                dataclasses.replace(
+                    position, matrices=_arrays(matrices), directions=optimizer.directions, losses=losses
+                )
+            )
+    before, first = position.before, [torch.from_numpy(matrix) for matrix in position.first]
     after = loss.mean(held_out, matrices)
     learned = matrices if after < before else first
     by_label = {turn.label: matrix.detach().numpy() for turn, matrix in zip(turns, learned, strict=True)}
     return LearnedRotations(by_label, tuple(losses), (before, after))
+
+
+def _beginning(
+    loss: _Loss, drawn: Sequence[list[torch.Tensor]], seen: Sequence[Feeds], held_out: Sequence[Feeds]
+) -> Position:
+    """Learning begins with the best of the drawn sets."""
+    best = min(drawn, key=lambda start: loss.mean(seen, start)) if len(drawn) > 1 else drawn[0]
+    first = _arrays(best)
+    still = [np.zeros_like(matrix) for matrix in first]
+    return Position(first, first, still, loss.mean(held_out, best), ())
+
+
+def _arrays(matrices: Sequence[torch.Tensor]) -> list[Matrix]:
+    return [matrix.detach().numpy().copy() for matrix in matrices]
 
 
 def find_turns(model: ir.Model) -> list[Turn]:

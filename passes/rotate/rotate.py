@@ -86,6 +86,8 @@ class Rotate(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """First the online rotations, R3 and R4, which others may be learned for; then R1 and R2."""
+        if self.kind == "learned":
+            ctx.work(model)  # of the model as it came: what is learned is kept
         untied = untie(model, ctx) if "R1" in self.rotations else 0
         found: list[Change] = []
         made: list[tuple[Change, Verdict]] = []
