@@ -126,8 +126,8 @@ class LocalWorkers:
 def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
     """Threads in which torch uses no others.
 
-    torch keeps the number for each thread, and the last one that was set for threads that begin later: the
-    calling thread sets its own again when all of ours have begun.
+    torch keeps the number for each thread, which takes the one that was set last when it first asks: ours ask
+    before the calling thread sets its own again.
     """
     import torch
 
@@ -135,6 +135,7 @@ def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()
         all_began.wait()
 
     before = torch.get_num_threads()
