@@ -1,5 +1,6 @@
 """Results of long work on disk: found again whole, and never when they are damaged or of something else."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -242,6 +243,64 @@ def test_twenty_killed_runs_end_with_the_bytes_of_one(tmp_path):
     assert (tmp_path / "resumed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     left = {path.name for path in tmp_path.iterdir()}
     assert {name for name in left if name.startswith("resumed")} == {"resumed.onnx"}
+
+
+TOGETHER = """
+import time
+from pathlib import Path
+import planish.passes.quantize, planish.passes.canonicalize, planish.passes.fuse  # which takes seconds
+Path(sys.argv[6]).touch()
+while not Path(sys.argv[7]).exists():
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_cache_do_not_disturb_each_other(tmp_path):
+    """Two compile one model and two another, all at once, into one cache; then each once more."""
+    from small_decoders import VOCABULARY, small_decoder, traced_llama
+
+    save(traced_llama(), tmp_path / "one.onnx")
+    save(planish.trace_causal_lm(small_decoder(intermediate_size=96)), tmp_path / "two.onnx")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(1, VOCABULARY, (24, 32)))
+    script = SCRIPT.replace("ids = np.load", TOGETHER + "ids = np.load")
+
+    def start(model, output, cache, go="go"):
+        files = [tmp_path / name for name in (f"{model}.onnx", "ids.npy")]
+        more = [tmp_path / name for name in (output, cache, f"{output}.ready", go)]
+        command = [sys.executable, "-c", script, *files, PASSES, *more]
+        return subprocess.Popen([str(part) for part in command])
+
+    def run(processes):
+        assert [process.wait() for process in processes] == [0] * len(processes)
+
+    (tmp_path / "at once").touch()
+    for model in ("one", "two"):
+        run([start(model, f"{model}.whole.onnx", f"{model}.cache", "at once")])
+    whole = {model: (tmp_path / f"{model}.whole.onnx").read_bytes() for model in ("one", "two")}
+    together = [start(model, f"{model}.{number}.onnx", "cache") for model in whole for number in (1, 2)]
+    while len(list(tmp_path.glob("*.[12].onnx.ready"))) < 4:
+        assert all(process.poll() is None for process in together)
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    run(together)
+    run([start(model, f"{model}.3.onnx", "cache") for model in whole])
+    for model, expected in whole.items():
+        for number in (1, 2, 3):
+            assert (tmp_path / f"{model}.{number}.onnx").read_bytes() == expected
+    results = list((tmp_path / "cache").rglob("*.result"))
+    alone = [path for model in whole for path in (tmp_path / f"{model}.cache").rglob("*.result")]
+    assert {path.name: path.read_bytes() for path in results} == {
+        path.name: path.read_bytes() for path in alone
+    }
+    for path in results:
+        content = path.read_bytes()
+        assert hashlib.sha256(content[32:]).digest() == content[:32]
+    assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {
+        ".result",
+        ".json",
+        "",  # the locks
+    }
 
 
 def test_a_second_run_computes_nothing_again(tmp_path, monkeypatch):
