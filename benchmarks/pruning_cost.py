@@ -130,15 +130,17 @@ class Meter:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Note what the body takes under this name."""
+        # Workers run beside the model: what began last need not end first.
+        begun = (name, time.perf_counter())
         with self._lock:
-            self._running.append((name, time.perf_counter()))
+            self._running.append(begun)
             note = self.notes.setdefault(name, {"seconds": 0.0, "peak": 0.0, "calls": 0})
         try:
             yield
         finally:
             with self._lock:
-                _, start = self._running.pop()
-                note["seconds"] += time.perf_counter() - start
+                self._running.remove(begun)
+                note["seconds"] += time.perf_counter() - begun[1]
                 note["calls"] += 1
 
     def wrap(self, name: str, module: str, attribute: str, *, announce: bool) -> None:

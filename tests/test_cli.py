@@ -233,8 +233,10 @@ def test_what_is_kept_is_listed_and_cleared(model, tmp_path):
         inputs,
     )
     ok(*given, "--no-cache")
+    first = (tmp_path / "out.onnx").read_bytes()
     assert "0 B" in ok("cache", "list")
-    ok(*given)
+    ok(*given, "--workers", "3")
+    assert (tmp_path / "out.onnx").read_bytes() == first
     text = ok("cache", "list")
     assert "quantize" in text
     assert "quantize{group_size=16" in text
@@ -317,6 +319,8 @@ def test_bisect_finds_the_pass_by_tolerance_and_by_a_program(model, tmp_path):
         (("--check", "contract", "--size", "batch=1"), "the model has no dimension 'batch'"),
         (("--check", "contract", "--size", "batch_size"), "expected name=length"),
         (("--calibration", "missing.npz"), "missing.npz: cannot be read as inputs"),
+        (("--workers", "many"), "workers: expected a number of threads, 'ray', 'ray://address' or workers"),
+        (("--workers", "0"), "workers: expected a positive number, found 0"),
     ],
 )
 def test_bad_input_is_one_line_and_code_1(model, tmp_path, words, message):
