@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .ir.trace import trace, trace_causal_lm
-    from .planning import plan
+    from .planning import Plan, plan
     from .runtime.compiled_model import CompiledModel
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "NothingCoveredError",
     "PassError",
     "PipelineError",
+    "Plan",
     "PlanishError",
     "TargetError",
     "TraceError",
@@ -64,6 +65,7 @@ __all__ = [
 # seconds for torch.
 _PLACES = {
     "CompiledModel": ".runtime.compiled_model",
+    "Plan": ".planning",
     "compile": ".compiler",
     "get_target": ".codegen",
     "load": ".ir",

@@ -24,7 +24,7 @@ class AlikeLayers:
 
     Attributes:
         layers: their residual modules, layer by layer in the order of the graph.
-        name: what they are called, with ``*`` where their names differ: ``model.layers.*``.
+        name: of the first module of the first of them, which no other kind has.
     """
 
     layers: tuple[tuple[ResidualModule, ...], ...]
@@ -46,12 +46,12 @@ def alike_layers(model: ir.Model, pipeline: Pipeline) -> list[AlikeLayers]:
     for layer in layers_of(residual_modules(model, ())):
         nodes = [makers[name] for module in layer for name in module.nodes]
         found.setdefault(_make_up(nodes, patterns), []).append(tuple(layer))
-    return [AlikeLayers(tuple(layers), starred(layers[0][0].name)) for layers in found.values()]
+    return [AlikeLayers(tuple(layers), layers[0][0].name) for layers in found.values()]
 
 
 def starred(name: str) -> str:
-    """A name with ``*`` for every number: ``model.layers.*.mlp``."""
-    return _NUMBER.sub("*", name)
+    """A name with ``*`` for its first number, which is mostly that of the layer: ``model.layers.*.mlp``."""
+    return _NUMBER.sub("*", name, count=1)
 
 
 def _make_up(nodes: Sequence[ir.Node], patterns: Sequence[str]) -> object:

@@ -217,8 +217,11 @@ class _Planner:
         if self.canonicalized is not None:
             position = [pass_.name for pass_ in self.pipeline].index("canonicalize")
             # The rehearsals began in canonical form: how long it takes to get there was seen on the whole.
-            key = ("seconds", phase_of(position, "canonicalize"))
-            expected[key] = max(expected.get(key, 0.0), self.canonicalized.seconds)
+            phase = phase_of(position, "canonicalize")
+            expected["seconds", phase] = max(
+                expected.get(("seconds", phase), 0.0), self.canonicalized.seconds
+            )
+            expected["nodes", phase] = self.canonicalized.nodes_after
         if ("seconds", "read") in expected:
             expected["seconds", "read"] = max(expected["seconds", "read"], reading)
         return Plan(

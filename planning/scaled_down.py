@@ -37,8 +37,7 @@ def scaled_down(model: ir.Model, counts: Mapping[str, int], layers: Sequence[Ali
         drop(result, gone)
     for value in result.graph.initializers.values():
         if _is_weight(value):
-            assert value.const_value is not None
-            value.const_value = _drawn(value.const_value)
+            value.const_value = _drawn(value)
     return result
 
 
@@ -55,16 +54,18 @@ def _is_weight(value: ir.Value) -> bool:
     )
 
 
-def _drawn(like: ir.TensorProtocol) -> ir.TensorProtocol:
+def _drawn(value: ir.Value) -> ir.TensorProtocol:
     """Uniform numbers of the size that keeps activations the size they have; the same for the same name."""
-    shape = like.shape.numpy()
+    like = value.const_value
+    assert like is not None
+    shape, dtype, name = like.shape.numpy(), like.dtype, str(value.name)
     bound = math.sqrt(3 * max(shape) / like.size)
 
     def draw() -> ir.TensorProtocol:
-        rng = np.random.default_rng(zlib.crc32((like.name or "").encode()))
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
         numbers: npt.NDArray[np.float32] = rng.random(shape, np.float32)
         numbers -= 0.5
         numbers *= 2 * bound
-        return ir.Tensor(numbers.astype(like.dtype.numpy(), copy=False), dtype=like.dtype, name=like.name)
+        return ir.Tensor(numbers.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
 
-    return ir.LazyTensor(draw, dtype=like.dtype, shape=ir.Shape(shape), name=like.name)
+    return ir.LazyTensor(draw, dtype=dtype, shape=ir.Shape(shape), name=name)
