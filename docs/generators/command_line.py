@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import typer
@@ -62,8 +63,13 @@ def _row(option: Any) -> tuple[str, ...]:
 def _kind(parameter: Any) -> str:
     if getattr(parameter, "is_flag", False):
         return ""
-    shown = str(parameter.display_type(typer.Context(typer.main.get_command(cli.app))))
-    return f"`{shown}`"
+    return f"`{parameter.display_type(_context())}`"
+
+
+@functools.cache
+def _context() -> typer.Context:
+    """What parameters are described for; building the commands anew for each takes long."""
+    return typer.Context(typer.main.get_command(cli.app))
 
 
 def _need(argument: Any) -> str:

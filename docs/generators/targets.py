@@ -25,12 +25,9 @@ ones, to a kernel that it has; `compiled.bound.bindings` says which and why, and
 A target is given by its name, or with options:"""
 
 _EXAMPLE = """\
-<!-- invisible-code-block: python
-import planish, torch
-model, inputs = torch.nn.Linear(32, 32).eval(), torch.randn(2, 32)
--->
-
 ```python
+import planish
+
 target = planish.get_target("onnxruntime-cpu", rows=(1,), threads=1)
 compiled = planish.compile(model, example_inputs=inputs, target=target)
 for binding in compiled.bound.bindings:

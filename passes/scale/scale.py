@@ -8,6 +8,9 @@ are given divided by s. All statistics are of the model as it came, collected in
 run over the calibration data, group after group; the scales are folded when it is over, so that no group sees
 another one's scale. (Scaling a linear's columns does not change what its own grid costs it, for a grid per
 column, and scaling its rows does not change its output.)
+
+Preconditions: x comes from constants with one entry per channel, by ops that keep channels apart, and only
+these linears read what is scaled on the way; see `pairs`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,3 +31,15 @@ def fences(text: str, *languages: str) -> list[str]:
     """The contents of fenced blocks of some languages; an empty language is a fence without one."""
     found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [body for language, body in found if language in languages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words behind ``planish`` of each command in the text of a fence."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["planish"]]
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between single backticks, outside of fences."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
