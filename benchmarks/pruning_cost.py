@@ -221,11 +221,14 @@ def write_encoder(size: Size, path: Path) -> None:
     save(planish.compile(module, "canonicalize", target="portable", example_inputs=example).model, path)
 
 
+def calibration(size: Size) -> list[dict[str, np.ndarray]]:
+    """Random tokens without padding."""
+    ids = np.random.default_rng(1).integers(0, size.vocabulary, (size.samples, 1, size.sequence))
+    return [{"input_ids": batch, "attention_mask": np.ones_like(batch)} for batch in ids]
+
+
 def prune(size: Size, folder: Path) -> None:
     """Prune the encoder in ``folder``, in this process, and note what it takes."""
-    rng = np.random.default_rng(1)
-    ids = rng.integers(0, size.vocabulary, (size.samples, 1, size.sequence))
-    calibration = [{"input_ids": batch, "attention_mask": np.ones_like(batch)} for batch in ids]
     with Meter(folder / "notes.json") as meter:
         for name, place in PHASES.items():
             meter.wrap(name, *place, announce=True)
@@ -233,7 +236,7 @@ def prune(size: Size, folder: Path) -> None:
             meter.wrap(name, *place, announce=False)
         with meter.measure("prune in all"):
             compiled = planish.compile(
-                folder / "encoder.onnx", size.passes, calibration=calibration, cache=folder / "state"
+                folder / "encoder.onnx", size.passes, calibration=calibration(size), cache=folder / "state"
             )
     for remark in compiled.report.passes[-1].remarks:
         if remark.subject.endswith("x"):
