@@ -177,3 +177,13 @@ def test_docstrings_become_markdown():
     assert fields(text) == {"one": "of `two`, and three."}
     assert table(("a", "b"), [("x|y", "two\nlines")]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |"
     assert table(("a",), []) == ""
+
+
+def test_the_page_on_writing_a_pass_shows_the_files_themselves():
+    text = (DOCS / "writing_a_pass.md").read_text("utf-8")
+    shown = re.findall(r'^--8<-- "(.+):(.+)"$', text, re.MULTILINE)  # a formatter of Markdown may break these
+    assert len(shown) == 5
+    for file, section in shown:
+        source = (ROOT / file).read_text("utf-8")
+        assert f"# --8<-- [start:{section}]" in source
+        assert f"# --8<-- [end:{section}]" in source
