@@ -57,7 +57,7 @@ class RayWorkers:
             options |= {"address": "local", "num_cpus": count, "include_dashboard": False}
         try:
             self._ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, ImportError, RuntimeError, ValueError, OSError) as error:
             where = "on this machine" if address is None else f"at {address}"
             raise InputError(
                 f"workers: no Ray cluster was reached {where}: {' '.join(str(error).split())}",
