@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/planish
 	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_cache -m planish.cli_explain -m planish.cli_generate -m planish.cli_plan -m planish.cli_options -m planish.cli_pruning -m planish.cli_tables \
-		-p planish.ir -p planish.codegen -p planish.planning -p planish.runtime -p planish.passes
+		-p planish.ir -p planish.codegen -p planish.planning -p planish.search -p planish.runtime -p planish.passes
 	MYPYPATH=.typecheck:docs $(BIN)/mypy -m hooks -p generators
 
 layers: $(VENV)/.dev

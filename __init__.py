@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .ir import load, save
     from .ir.checkpoint import load_checkpoint
     from .ir.errors import (
+        BudgetError,
         ContractError,
         InputError,
         MissingDataError,
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
     from .ir.trace import trace, trace_causal_lm
     from .planning import Plan, plan
     from .runtime.compiled_model import CompiledModel
+    from .search import Budget
 
 __all__ = [
+    "Budget",
+    "BudgetError",
     "CompiledModel",
     "ContractError",
     "InputError",
@@ -64,6 +68,7 @@ __all__ = [
 # Names are imported when they are first used: a plug-in that only needs the pass protocol does not wait
 # seconds for torch.
 _PLACES = {
+    "Budget": ".search",
     "CompiledModel": ".runtime.compiled_model",
     "Plan": ".planning",
     "compile": ".compiler",

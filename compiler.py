@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ import torch
 from .codegen import get_target
 from .codegen.machine import cache_directory
 from .codegen.target import Target
-from .ir import load
+from .ir import clone, load
 from .ir.checkpoint import load_checkpoint
 from .ir.content_hash import content_hash
 from .ir.errors import InputError, PipelineError
@@ -38,7 +39,9 @@ from .passes.infrastructure.recipe import preset as find_preset
 from .passes.infrastructure.report import PipelineReport
 from .runtime.calibration import CalibrationData
 from .runtime.compiled_model import CompiledModel
+from .runtime.example_inputs import example_inputs as example_inputs_of
 from .runtime.provenance import (
+    PARETO,
     RECIPE,
     REPORT,
     SEED,
@@ -50,6 +53,7 @@ from .runtime.provenance import (
 )
 from .runtime.work_cache import WorkCache
 from .runtime.workers import Workers, opened_workers
+from .search import Budget, search
 
 Check = Literal["contract", "verify", "none"]
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -71,6 +75,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
     passes: Any = None,
     *,
     preset: str | None = None,
+    budget: Budget | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     calibration: Any = None,
@@ -92,6 +97,8 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             ``"canonicalize,fuse,quantize{scheme=W8A8}"``, or the path (`pathlib.Path`) of a recipe, which may
             say the target and the seed, too. By default canonicalize and fuse.
         preset: instead of passes, a recipe that comes with planish: ``"cpu-int8"``, …; see `planish presets`.
+        budget: instead of passes, what the result may take and lose: pruning, bits and the compression of the
+            cache are searched for by what they are measured to give, see `planish.Budget`.
         example_inputs: for a module, what it is called with (a tensor, a tuple, or a dict of keyword
             arguments); for ONNX, a dict of arrays by graph-input name. Contract checks run on them.
         dynamic_shapes: as in `torch.export.export`; by default batch and sequence dimensions are dynamic.
@@ -115,47 +122,113 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
 
     Returns:
         The compiled model; where a pass had several results, as `prune` with several targets has, the last
-        one, with the others as its ``alternatives``.
+        one, with the others as its ``alternatives``. With a budget, what there was to choose from is its
+        ``front``.
 
     Raises:
+        BudgetError: nothing within the budget was found.
         PlanishError: with one line that names the pass, the node, what was expected and what to do.
     """
+    if budget is not None and (passes is not None or preset is not None):
+        raise PipelineError("expected a budget, passes or a preset, found several", hint="give one of them")
     recipe = chosen_recipe(passes, preset)
-    pipeline, seed = recipe.pipeline, (recipe.seed or 0 if seed is None else seed)
-    target = target or recipe.target or "onnxruntime-cpu"
-    target = get_target(target) if isinstance(target, str) else target
-    graph, signature, examples = read_model(model, example_inputs, dynamic_shapes)
-    source_hash = content_hash(graph)
+    chosen = target or recipe.target or "onnxruntime-cpu"
+    source = read_model(model, example_inputs, dynamic_shapes)
+    compilation = _Compilation(
+        source=source,
+        calibration=_data(calibration, source),
+        training=_data(training, source, labels=True),
+        target=get_target(chosen) if isinstance(chosen, str) else chosen,
+        check=check,
+        seed=recipe.seed or 0 if seed is None else seed,
+        cache=_work_cache(cache),
+        workers=workers,
+        instruments=instruments,
+    )
+    if budget is None:
+        return compilation.run(recipe.pipeline, source.graph)
+    return _searched(compilation, budget)
 
-    def data(source: Any, *, labels: bool = False) -> Sequence[Feeds]:
-        return () if source is None else CalibrationData.read(source, graph, signature, labels=labels)
 
-    with spilling(_spill_folder(graph)), opened_workers(workers) as hands:
-        before = OutlineBefore()
-        report = run_pipeline(
-            graph,
-            pipeline,
-            target=target,
-            examples=examples,
-            calibration=data(calibration),
-            training=data(training, labels=True),
-            seed=seed,
-            cache=_work_cache(cache),
-            workers=hands,
-            instruments=(before, *_checks(check, examples), *instruments),
-        )
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that was read: in the IR, how it is called, and the example inputs as feeds."""
+
+    graph: ir.Model
+    signature: Signature | None
+    examples: tuple[Feeds, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Compilation:
+    """Everything that a compilation needs beside its passes."""
+
+    source: Source
+    calibration: Sequence[Feeds]
+    training: Sequence[Feeds]
+    target: Target
+    check: Check
+    seed: int
+    cache: WorkCache | None
+    workers: Workers | int | str | None
+    instruments: Sequence[Instrument]
+
+    def run(self, pipeline: Pipeline, graph: ir.Model) -> CompiledModel:
+        """Run the passes over a graph, in place, and bind what comes out."""
         origin = {
             RECIPE: pipeline.to_yaml(),
-            SEED: str(seed),
-            SOURCE: source_hash,
+            SEED: str(self.seed),
+            SOURCE: content_hash(graph),
             VERSIONS: json.dumps(versions()),
         }
-        compiled = _bind(graph, report, origin, before.outline, target, signature)
-        compiled.alternatives = {
-            label: _bind(other.model, other.report, origin, before.outline, target, signature)
-            for label, other in report.alternatives.items()
-        }
-    return compiled
+        before = OutlineBefore()
+        with spilling(_spill_folder(graph)), opened_workers(self.workers) as hands:
+            report = run_pipeline(
+                graph,
+                pipeline,
+                target=self.target,
+                examples=self.source.examples,
+                calibration=self.calibration,
+                training=self.training,
+                seed=self.seed,
+                cache=self.cache,
+                workers=hands,
+                instruments=(before, *_checks(self.check, self.source.examples), *self.instruments),
+            )
+
+            def bind(model: ir.Model, report: PipelineReport) -> CompiledModel:
+                return _bind(model, report, origin, before.outline, self.target, self.source.signature)
+
+            compiled = bind(graph, report)
+            compiled.alternatives = {
+                label: bind(other.model, other.report) for label, other in report.alternatives.items()
+            }
+        return compiled
+
+
+def _searched(compilation: _Compilation, budget: Budget) -> CompiledModel:
+    """Search for the passes; results of long ones are shared between trials."""
+    source, data = compilation.source, compilation.calibration
+    feeds = source.examples[0] if source.examples else example_inputs_of(source.graph)
+    with tempfile.TemporaryDirectory(prefix="planish-search-") as folder:
+        if compilation.cache is None:
+            compilation = dataclasses.replace(compilation, cache=WorkCache(Path(folder)))
+        found, points = search(
+            lambda passes: compilation.run(Pipeline.of(passes), clone(source.graph)),
+            budget,
+            feeds=feeds,
+            samples=data or source.examples or (feeds,),
+            has_data=bool(data),
+        )
+    found.front = points
+    # A decoder's graph is bound once more where prompts have kernels of their own.
+    for model in {id(each): each for each in (found.model, found.bound.model)}.values():
+        model.metadata_props[PARETO] = json.dumps([dataclasses.asdict(point) for point in points])
+    return found
+
+
+def _data(given: Any, source: Source, *, labels: bool = False) -> Sequence[Feeds]:
+    return () if given is None else CalibrationData.read(given, source.graph, source.signature, labels=labels)
 
 
 def chosen_recipe(passes: Any, preset: str | None) -> Recipe:
@@ -220,25 +293,23 @@ def _bind(
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 
-def read_model(
-    model: Any, example_inputs: Any, dynamic_shapes: Any
-) -> tuple[ir.Model, Signature | None, tuple[Feeds, ...]]:
-    """The model in the IR, how to call it, and the example inputs as feeds."""
+def read_model(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Source:
+    """Trace or load a model."""
     if isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         graph = trace(model, example_inputs, dynamic_shapes=dynamic_shapes)
         signature: Signature = graph.meta["planish.signature"]
-        return graph, signature, _module_feeds(signature, example_inputs)
+        return Source(graph, signature, _module_feeds(signature, example_inputs))
     is_checkpoint = isinstance(model, str | os.PathLike) and (Path(model) / "config.json").is_file()
     graph = load_checkpoint(model) if is_checkpoint else load(model)
     if example_inputs is None:
-        return graph, graph.meta.get("planish.signature") if is_checkpoint else None, ()
+        return Source(graph, graph.meta.get("planish.signature") if is_checkpoint else None, ())
     if not isinstance(example_inputs, Mapping):
         raise InputError(
             "example_inputs of an ONNX model: expected a dict of arrays, "
             f"found {type(example_inputs).__name__}",
             hint=f"the graph inputs are {[value.name for value in graph.graph.inputs]}",
         )
-    return graph, None, ({name: np.asarray(array) for name, array in example_inputs.items()},)
+    return Source(graph, None, ({name: np.asarray(array) for name, array in example_inputs.items()},))
 
 
 def _module_feeds(signature: Signature, example_inputs: Any) -> tuple[Feeds, ...]:

@@ -58,6 +58,10 @@ class InputError(PlanishError):
     """The data given (example inputs, calibration) does not fit the model's inputs."""
 
 
+class BudgetError(PlanishError):
+    """A search found no model within its budget; says what came nearest."""
+
+
 class MissingDataError(InputError):
     """A pass needs calibration or training data, and none was given."""
 

@@ -149,10 +149,10 @@ def plan(
     start = time.perf_counter()
     recipe = chosen_recipe(passes, preset)
     chosen: str | Target = target or recipe.target or "onnxruntime-cpu"
-    source = read_model(model, example_inputs, dynamic_shapes)[:2]
+    source = read_model(model, example_inputs, dynamic_shapes)
     reading = time.perf_counter() - start
     planner = _Planner(
-        graph=source[0],
+        graph=source.graph,
         pipeline=recipe.pipeline,
         target=get_target(chosen) if isinstance(chosen, str) else chosen,
         check=check,
@@ -160,7 +160,9 @@ def plan(
     )
 
     def data(given: Any, *, labels: bool = False) -> Sequence[Feeds]:
-        return () if given is None else CalibrationData.read(given, *source, labels=labels)
+        if given is None:
+            return ()
+        return CalibrationData.read(given, source.graph, source.signature, labels=labels)
 
     found = planner.rehearsed(data(calibration), data(training, labels=True), samples, progress)
     return planner.plan(found, reading, time.perf_counter() - start)

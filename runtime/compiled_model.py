@@ -29,7 +29,7 @@ from .generate.memory import Memory, memory
 from .generate.prompts import prompts
 from .hub import hub_file_names, save_hub
 from .measure import Difference, Latency, compare_outputs, interleaved_latency
-from .provenance import note_binding
+from .provenance import ParetoPoint, note_binding
 from .saved import prefill_file, read_prefill, read_saved
 from .torch_session import TorchSession
 
@@ -59,6 +59,7 @@ class CompiledModel:
         report: what each pass covered, skipped, changed and cost.
         signature: how to call it like the traced module; None for models that came from ONNX.
         alternatives: further results of the same compilation by their labels, such as ``1.5x``.
+        front: what a search under a budget had to choose from, by size; mostly empty.
         eviction: for decoders that forget tokens of their cache, the graph that does so.
     """
 
@@ -77,6 +78,7 @@ class CompiledModel:
         self.report = report
         self.signature = signature
         self.alternatives: Mapping[str, CompiledModel] = {}
+        self.front: tuple[ParetoPoint, ...] = ()
         self.eviction = companions_of(model).get(EVICTION)
         self._path: Path | None = None
 

@@ -43,8 +43,10 @@ class ParetoPoint:
         label: what it is, in a few words.
         size: of its weights, in bytes.
         latency_ms: of a call, where it was measured.
-        metric: how good it is.
+        metric: how good it is, more is better.
         chosen: the file is this one.
+        passes: the pipeline that compiles it.
+        cache: bytes of a decoder's cache for 1,024 tokens; None where there is none.
     """
 
     label: str
@@ -52,6 +54,8 @@ class ParetoPoint:
     latency_ms: float | None
     metric: float
     chosen: bool = False
+    passes: str = ""
+    cache: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
