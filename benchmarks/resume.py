@@ -1,7 +1,7 @@
 """A compilation that is killed twenty times: does it end with the same bytes, and what does going on cost?
 
 A random decoder is quantised by GPTQ in a process of its own, which keeps what it computes. The process is
-killed (SIGKILL) at twenty seeded moments, counted from when it begins to compile, each within two fifths of
+killed (SIGKILL) at twenty seeded moments, counted from when it begins to compile, each within a fifth of
 what it takes undisturbed, and started again; runs that end before are not killed any more. Then it is left to
 end, and once more, when all is kept.
 
@@ -32,9 +32,9 @@ from sentence_embeddings import processor
 RESULTS = Path(__file__).parent / "results" / "resume.md"
 COLUMNS = ("run", "seconds of compiling", "seconds, imports included", "times undisturbed", "bytes")
 BEGUN = "begun"
-FULL = gptq_cost.Size(6, hidden=512, inner=1408, heads=8, kv_heads=2, samples=8, tokens=128)
+FULL = gptq_cost.Size(4, hidden=512, inner=1408, heads=8, kv_heads=2, samples=8, tokens=128)
 QUICK = gptq_cost.Size(2, hidden=128, inner=384, heads=4, kv_heads=2, samples=2, tokens=32)
-_LATEST = 0.4
+_LATEST = 0.2
 """Of the undisturbed time, when a run is killed at the latest: late enough that runs get further at all."""
 _IDLE_LOAD = 0.5
 """Load of a machine on which nothing else runs."""
