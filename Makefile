@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 # mypy finds the package by its name through a link, because the repository root is the package.
 types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/planish
-	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_cache -m planish.cli_explain -m planish.cli_generate -m planish.cli_plan -m planish.cli_options -m planish.cli_pruning -m planish.cli_tables \
+	MYPYPATH=.typecheck $(BIN)/mypy -m planish -m planish.compiler -m planish.cli -m planish.cli_cache -m planish.cli_explain -m planish.cli_generate -m planish.cli_plan -m planish.cli_options -m planish.cli_pruning -m planish.cli_search -m planish.cli_tables \
 		-p planish.ir -p planish.codegen -p planish.planning -p planish.search -p planish.runtime -p planish.passes
 	MYPYPATH=.typecheck:docs $(BIN)/mypy -m hooks -p generators
 

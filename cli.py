@@ -1,4 +1,4 @@
-"""The command line: ``planish compile | plan | inspect | structure | latency | passes | generate | …``.
+"""The command line: ``planish compile | plan | search | inspect | structure | passes | generate | …``.
 
 Exit codes: 0 done, 1 an error of planish or of its input (one red line on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import cli_cache, cli_explain, cli_generate, cli_plan, cli_pruning
+from . import cli_cache, cli_explain, cli_generate, cli_plan, cli_pruning, cli_search
 from .cli_options import (
     CalibrationOption,
     InputsOption,
@@ -31,6 +31,7 @@ from .cli_options import (
     read_batches,
     read_feeds,
     read_recipe,
+    recipe_path,
 )
 from .ir.errors import InputError, ModelError, PlanishError
 
@@ -68,11 +69,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _recipe_path(output: Path) -> Path:
-    """Beside the file, or in the folder."""
-    return output.with_suffix(".recipe.yaml") if output.suffix == ".onnx" else output / "recipe.yaml"
 
 
 def _print_version(asked: bool) -> None:
@@ -246,7 +242,7 @@ def compile_command(
     if bisect_limit is None:
         source = compiled.model.metadata_props[SOURCE]
         used = dataclasses.replace(chosen, target=target, seed=seed, source=source)
-        write_text(_recipe_path(output), used.to_yaml())
+        write_text(recipe_path(output), used.to_yaml())
     before = file_bytes(model)
     for path in (*others, written):
         after = file_bytes(path)
@@ -293,6 +289,7 @@ def inspect(
 
 app.command(no_args_is_help=True)(cli_generate.generate)
 app.command(no_args_is_help=True)(cli_plan.plan)
+app.command(no_args_is_help=True)(cli_search.search)
 app.command(no_args_is_help=True)(cli_pruning.structure)
 app.command(no_args_is_help=True)(cli_pruning.latency)
 app.command(no_args_is_help=True)(cli_explain.report)

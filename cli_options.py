@@ -72,6 +72,11 @@ def read_recipe(passes: str | None, recipe: Path | None, preset: str | None) -> 
     return Recipe(Pipeline.of("canonicalize,fuse")) if passes is None else Recipe(read_pipeline(passes))
 
 
+def recipe_path(output: Path) -> Path:
+    """Where the recipe of a result goes: beside the file, or in the folder."""
+    return output.with_suffix(".recipe.yaml") if output.suffix == ".onnx" else output / "recipe.yaml"
+
+
 def read_feeds(model: Path, path: Path | None, sizes: Sequence[str] | None) -> Feeds:
     """Inputs from a file, or made up from the model's declarations."""
     from .ir import load

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
 from .codegen import get_target
 from .codegen.machine import cache_directory
@@ -320,7 +321,8 @@ def _module_feeds(signature: Signature, example_inputs: Any) -> tuple[Feeds, ...
     else:
         args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
         tensors = flatten_inputs(signature, tuple(args), {})
-    return ({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()},)
+    # Through the adapter, because numpy has no bfloat16 of its own.
+    return ({name: TorchTensor(tensor.detach().cpu()).numpy() for name, tensor in tensors.items()},)
 
 
 def _checks(check: Check, examples: Sequence[Feeds]) -> tuple[Instrument, ...]:

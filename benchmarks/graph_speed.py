@@ -74,6 +74,14 @@ def onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim
+
+    # Without its own runs of both models on random inputs, which are a check and no part of the work.
+    result, _ = onnxsim.simplify(model, check_n=0)
+    return result
+
+
 def onnxruntime_transformers(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -89,6 +97,7 @@ TOOLS: dict[str, tuple[str, Callable[[onnx.ModelProto], onnx.ModelProto]]] = {
     "planish": ("planish `canonicalize,fuse`", planish),
     "onnxscript": ("onnxscript `optimize` + `optimize_for_ort`", onnxscript),
     "onnxslim": ("onnxslim `slim`", onnxslim),
+    "onnxsim": ("onnxsim `simplify`", onnxsim),
     "onnxruntime": ("onnxruntime `transformers.optimizer`", onnxruntime_transformers),
 }
 
@@ -188,7 +197,8 @@ def _summary(runs: list[Outcome]) -> Outcome:
 def table(results: dict[int, dict[str, Outcome]], rounds: int) -> str:
     """The results as Markdown."""
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("onnxscript", "onnxslim", "onnxruntime")
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("onnxscript", "onnxslim", "onnxsim", "onnxruntime")
     )
     lines = [
         "# Graph speed",

@@ -5,8 +5,8 @@ a compilation does and costs is taken to be affine in both,
 
     f(n, x) = a + b·n + c·x + d·n·x,
 
-so the four corners of a small rectangle say what f is at the real n and x. With several kinds of layers, each
-has an n of its own.
+so the four corners of a small rectangle say what f is at the real n and x; d is 0 for memory. With several
+kinds of layers, each has an n of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SMALL_LAYER = 32 << 20
 _BATCHES = (1, 4)
 _STEPS = (2, 6)
 """How many batches and how many training steps the rehearsals work through."""
-_WORTH_REPEATING = 4.0
+_WORTH_REPEATING = 10.0
 """Seconds of a compilation below which it is done twice: the faster one was disturbed less."""
 _COSTS = ("seconds", "peak")
 """Quantities that are measured, and not counted."""
@@ -109,8 +109,10 @@ def rehearse(
         if outcome.lacks_data:
             break
         if outcome.error is None:
-            by_counts = [amounts.extended(outcomes, index) for index in range(len(counts))]
-            return Rehearsal(_all_layers(by_counts, counts, everything), outcome.asked, rehearsed)
+            few_data = [quantities(outcomes[index, False]) for index in range(len(counts))]
+            all_data = [amounts.extended(outcomes, index) for index in range(len(counts))]
+            expected = _all_layers(few_data, all_data, counts, everything)
+            return Rehearsal(expected, outcome.asked, rehearsed)
     # With fewer layers an error may come of there being so few; with all of them it will come again.
     return Rehearsal({}, {}, rehearsed, outcome.error, outcome.lacks_data)
 
@@ -206,16 +208,24 @@ def _steps(pass_: Pass) -> int | None:
 
 
 def _all_layers(
-    by_counts: Sequence[Quantities], counts: Sequence[Mapping[str, int]], everything: Mapping[str, int]
+    few_data: Sequence[Quantities],
+    all_data: Sequence[Quantities],
+    counts: Sequence[Mapping[str, int]],
+    everything: Mapping[str, int],
 ) -> Quantities:
-    """From a few layers of each kind to all of them: the plane through the points."""
-    base = by_counts[0]
+    """From a few layers of each kind to all of them: the plane through the points.
+
+    Only one group of layers has its data in memory at a time, so what a layer adds to the peak does not depend
+    on the data, and is taken from where it is disturbed least.
+    """
+    base = all_data[0]
     result = dict(base)
-    for more, found in zip(counts[1:], by_counts[1:], strict=True):
+    for index, more in enumerate(counts[1:], start=1):
         (name,) = (name for name in more if more[name] > counts[0][name])
         factor = (everything[name] - counts[0][name]) / (more[name] - counts[0][name])
-        for key in base.keys() | found.keys():
-            slope = found.get(key, 0.0) - base.get(key, 0.0)
+        for key in base.keys() | all_data[index].keys():
+            points = few_data if key[0] == "peak" else all_data
+            slope = points[index].get(key, 0.0) - points[0].get(key, 0.0)
             if key[0] in _COSTS:
                 slope = max(slope, 0.0)  # no layer gives time back: what is below is noise
             result[key] = result.get(key, 0.0) + factor * slope

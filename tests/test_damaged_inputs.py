@@ -309,3 +309,21 @@ def test_a_data_file_that_must_not_be_read(folder: Path) -> None:
     (folder / "w.bin").chmod(0)
     with pytest.raises(ModelError, match="cannot be read: Permission denied"):
         planish.load(external(folder, {"location": "w.bin"}, in_attribute=False))
+
+
+# --- what planish wrote itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "[" * 100_000], ids=["cut", "a list", "deep"])
+@pytest.mark.parametrize("key", ["planish.session_options", "planish.report"])
+def test_metadata_of_a_compiled_file(tmp_path: Path, key: str, text: str) -> None:
+    path = planish.compile(linear(), target="portable").save(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    kept = [entry for entry in model.metadata_props if entry.key != key]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    model.metadata_props.add(key=key, value=text)
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=f"its metadata is damaged: {key}: ") as found:
+        planish.CompiledModel.open(path)
+    assert_one_line(found.value)

@@ -18,6 +18,8 @@ from planish.passes.infrastructure import registry
 from planish.passes.infrastructure.base import Contract, Pass, PassContext, PassResult
 from planish.passes.infrastructure.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEEDS = range(16)
 

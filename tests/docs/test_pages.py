@@ -114,6 +114,7 @@ NAMES = {
         "samples": samples,
         "tokenizer": lambda: "Llama-3-8B-GPTQ",
     },
+    "docs/planning.md": {"planish": lambda: planish, "model": encoder, "inputs": encoder_inputs},
     "docs/recipes_and_cache.md": {
         "batches": lambda: [{name: tensor.numpy() for name, tensor in encoder_inputs().items()}]
     },

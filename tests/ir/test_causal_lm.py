@@ -174,6 +174,7 @@ def test_a_call_that_does_not_fit_is_one_clear_error(signature, inputs, message)
         flatten_inputs(signature, (), inputs)
 
 
+@pytest.mark.slow
 def test_example_inputs_trace_a_language_model_as_it_is_called(llama) -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     model = trace(llama, {"input_ids": ids})
@@ -182,6 +183,7 @@ def test_example_inputs_trace_a_language_model_as_it_is_called(llama) -> None:
     assert any("without a key-value cache" in remark for remark in model.meta[REMARKS_KEY])
 
 
+@pytest.mark.slow
 def test_an_encoder_keeps_the_names_of_its_arguments_and_outputs() -> None:
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
@@ -213,6 +215,7 @@ def test_an_encoder_keeps_the_names_of_its_arguments_and_outputs() -> None:
         assert np.abs(found[name] - reference).max() <= RTOL * np.abs(reference).max()
 
 
+@pytest.mark.slow
 def test_example_inputs_that_use_the_cache_trace_it(llama, traced: ir.Model) -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     example = {"input_ids": ids, "use_cache": True}

@@ -117,11 +117,13 @@ def test_what_is_read_compiles_binds_kernels_and_generates(act_order, loaded) ->
     np.testing.assert_array_equal(compiled.generate(IDS[:1], 8), theirs)
 
 
+@pytest.mark.slow
 def test_a_folder_is_compiled_and_called_as_a_module(act_order) -> None:
     compiled = planish.compile(act_order[0], "canonicalize,fuse", target=TARGET)
     assert_close(compiled(torch.from_numpy(IDS)).logits.numpy(), expected(act_order[1]))
 
 
+@pytest.mark.slow
 def test_the_model_is_called_as_a_traced_one(act_order, loaded) -> None:
     traced = planish.trace_causal_lm(act_order[1])
     assert [value.name for value in loaded.graph.inputs] == [value.name for value in traced.graph.inputs]
@@ -129,6 +131,7 @@ def test_the_model_is_called_as_a_traced_one(act_order, loaded) -> None:
     assert loaded.metadata_props["planish.decoder"] == traced.metadata_props["planish.decoder"]
 
 
+@pytest.mark.slow
 def test_a_module_with_such_tensors_is_read_like_its_folder(act_order, loaded) -> None:
     class Quantised(torch.nn.Module):
         def __init__(self, config, tensors) -> None:
@@ -151,6 +154,7 @@ def test_a_module_with_such_tensors_is_read_like_its_folder(act_order, loaded) -
     np.testing.assert_array_equal(logits(model), logits(loaded))
 
 
+@pytest.mark.slow
 def test_awq_with_a_tied_head(tmp_path) -> None:
     module = small_decoder(num_hidden_layers=1, tie_word_embeddings=True)
     layers = quantised(module, checkpoints.awq, bits=4, group_size=16, lowest_zero=0)
@@ -161,6 +165,7 @@ def test_awq_with_a_tied_head(tmp_path) -> None:
     assert "lm_head.weight" not in model.graph.initializers
 
 
+@pytest.mark.slow
 def test_a_quantised_head_is_not_tied_to_the_embedding(tmp_path) -> None:
     """And scales of bfloat16 keep their values."""
     module = small_decoder(num_hidden_layers=1)
@@ -241,6 +246,7 @@ def test_gpt2_keeps_its_transposed_linears(tmp_path) -> None:
     assert [linear.name for linear in linears(model) if linear.is_quantized] == [name]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_quantised_is_read_as_it_is(tmp_path) -> None:
     module = checkpoints.write(tmp_path / "llama", small_decoder(num_hidden_layers=1), {}, None)
     assert_close(logits(planish.load_checkpoint(tmp_path / "llama")), expected(module))
@@ -260,6 +266,7 @@ def change(folder, edit) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_tensors_that_nothing_takes_are_said(small) -> None:
     change(small, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": torch.ones(1)}))
     assert planish.load_checkpoint(small).meta["planish.remarks"] == (

@@ -43,6 +43,7 @@ def test_node_tests_still_pass(foreign_onnx: ModuleType, tmp_path: Path) -> None
     assert sum(o.kind == "passed" and o.converted for o in outcomes) > 120
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_seen(foreign_onnx: ModuleType, tmp_path: Path) -> None:
     """The comparison can fail: the same model against outputs that are off by one."""
     case = next(foreign_onnx.cases("test_add"))

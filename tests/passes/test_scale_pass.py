@@ -332,6 +332,7 @@ def opt() -> ir.Model:
     ).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "skipped"),
     [

@@ -138,6 +138,7 @@ def test_covariance_is_the_mean_of_outer_products():
     assert covariance.tokens == 5000
 
 
+@pytest.mark.slow
 def test_float16_decoders_run_in_pieces():
     """onnxruntime has no float16 kernel of Attention: it puts the op's body there, which needs sizes."""
     module = small_decoder().half()
@@ -152,6 +153,7 @@ def test_float16_decoders_run_in_pieces():
     assert compiled(torch.as_tensor(ids))["logits"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_caches_of_float16_decoders_are_written_in_place():
     compiled = planish.compile(small_decoder().half(), "canonicalize,fuse,raise-cache")
     assert any(binding.kernel == "GroupQueryAttention" for binding in compiled.bound.bindings)

@@ -116,6 +116,7 @@ def test_a_decoder_s_folder(compiled, tokenizer, tmp_path):
             assert (pattern % layer if "%d" in pattern else pattern) in inputs | outputs, name
 
 
+@pytest.mark.slow
 def test_caches_that_grow_are_not_shared(module, tmp_path):
     planish.compile(module, target=TARGET).save(tmp_path / "growing")
     config = json.loads((tmp_path / "growing" / "genai_config.json").read_text())

@@ -27,6 +27,7 @@ def quantised(scheme, **options):
     return f"canonicalize,fuse,quantize{{{text}}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "names"),
     [
@@ -71,6 +72,7 @@ def test_files_that_were_saved_are_called_the_same(tmp_path, scheme, name, targe
     assert planish.CompiledModel.open(path).hub_file_names[0] == name
 
 
+@pytest.mark.slow
 def test_sixteen_bit_models_have_names_of_their_own():
     halves = planish.trace_causal_lm(small_decoder(num_hidden_layers=1).half())
     float_model = planish.compile(halves, "canonicalize", target=PORTABLE)

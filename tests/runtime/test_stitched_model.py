@@ -21,6 +21,8 @@ from planish.runtime.calibration.data import fitted
 from planish.runtime.free_shapes import FreeShapes
 from planish.runtime.stitched_model import StitchedModel
 
+pytestmark = pytest.mark.slow
+
 # Two runs of the same arithmetic in float32, in another order: losses near one differ by a few of its ulps
 # for each of some hundred sums.
 CLOSE = {"rel": 1e-4, "abs": 1e-7}

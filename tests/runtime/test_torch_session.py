@@ -52,6 +52,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_outputs_are_those_of_onnxruntime_and_all_weights_have_gradients(name):
     torch.manual_seed(0)

@@ -16,6 +16,8 @@ from small_decoders import VOCABULARY, small_decoder, traced_llama
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.slow
+
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 11))
 DATA = [{"input_ids": IDS}]
 W4A8 = "rotate,quantize{scheme=W4A8,group_size=-1,algorithm=rtn,ignore=[]}"

@@ -42,6 +42,7 @@ def test_copies_land_when_they_are_waited_for(tmp_path):
     assert run(tmp_path, body, threads=34)[33] == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -297,6 +298,7 @@ def test_a_bug_is_found(bug, tmp_path):
         assert any(_fails(check, way) for way in ways), check.__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [product, sparse_product, transform, attention])
 def test_without_a_bug_nothing_is_found(check):
     for order in ("forward", "backward", "shuffled"):

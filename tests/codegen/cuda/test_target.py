@@ -209,6 +209,7 @@ def test_what_has_no_kernel_runs_as_it_is(scheme, reason):
     np.testing.assert_allclose(logits(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_module_can_be_compiled_by_torch():
     model = compiled(PIPELINES["W4A8 in groups, rotated, int8 cache"][0], REFERENCES)
     names = model.module.meta["planish.inputs"]

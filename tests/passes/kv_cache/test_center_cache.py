@@ -12,6 +12,8 @@ from planish.passes.kv_cache import CenterCache
 from planish.runtime.calibration import CalibrationData
 from planish.runtime.session import Session
 
+pytestmark = pytest.mark.slow
+
 PORTABLE = planish.get_target("portable")
 VOCABULARY, LAYERS, KV_HEADS, SIZE = 64, 2, 2, 8
 _SIZES = {

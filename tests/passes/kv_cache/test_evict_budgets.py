@@ -22,6 +22,8 @@ from planish.runtime.calibration import CalibrationData
 from scipy.special import softmax
 from small_decoders import KV_HEADS, LAYERS, VOCABULARY
 
+pytestmark = pytest.mark.slow
+
 IDS = np.random.default_rng(5).integers(0, VOCABULARY, (1, 40))
 
 

@@ -13,6 +13,8 @@ from planish.passes.kv_cache.evict.policies import POLICIES
 from planish.runtime.generate import PromptLookup
 from small_decoders import KV_HEADS, SIZE, VOCABULARY, small_decoder
 
+pytestmark = pytest.mark.slow
+
 IDS = np.random.default_rng(5).integers(0, VOCABULARY, (1, 40))
 
 
@@ -153,7 +155,6 @@ def test_at_run_time(fused):
         whole.generate(IDS, 4, evict_every=2)
 
 
-@pytest.mark.slow
 def test_a_window_of_recent_tokens_goes_on_beyond_the_model_s_positions():
     module = small_decoder(num_hidden_layers=1, max_position_embeddings=48)
     window = Evict(policy="recent", keep=0, tokens=16, sinks=2, recent=14, renumber=True)

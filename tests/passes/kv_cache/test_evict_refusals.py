@@ -15,6 +15,7 @@ def test_integers_are_not_merged(model, calibration):
         apply(model, calibration, KVCache(), Evict(policy="knorm", merge=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [[KVCache()], []], ids=["integers", "no rotation"])
 def test_what_cannot_be_renumbered(module, calibration, passes):
     if not passes:
@@ -32,6 +33,7 @@ def test_what_cannot_be_renumbered(module, calibration, passes):
         )
 
 
+@pytest.mark.slow
 def test_sliding_windows_are_refused():
     module = small_decoder("Mistral", num_hidden_layers=1, sliding_window=16)
     with pytest.raises(PassError, match="a window of 16 tokens"):

@@ -15,6 +15,8 @@ from planish.passes.kv_cache import GroupQueries
 from planish.passes.kv_cache.group_queries import balanced_groups
 from small_decoders import small_decoder
 
+pytestmark = pytest.mark.slow
+
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 HEADS, KV_HEADS, SIZE = 8, 4, 8
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))

@@ -15,6 +15,8 @@ from planish.passes.kv_cache import KVCache, ShrinkHeads
 from planish.passes.kv_cache.shrink_heads import important_channels, principal_axes
 from small_decoders import small_decoder
 
+pytestmark = pytest.mark.slow
+
 TARGET = planish.get_target("onnxruntime-cpu", threads=1)
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))

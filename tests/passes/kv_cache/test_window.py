@@ -136,6 +136,7 @@ def test_texts_with_the_same_beginning(module, compiled, prompts):
         np.testing.assert_array_equal(found, expected(module, ids, new=new))
 
 
+@pytest.mark.slow
 def test_a_window_that_a_model_does_not_have(prompts):
     """A Llama with a window of 8 is a Mistral with the same weights and that window."""
     compiled = windowed(llama, Window(tokens=WINDOW))
@@ -156,6 +157,7 @@ def test_a_wider_window_stays():
     assert {layer.attention.attributes["window"].as_int() for layer in cached_layers(compiled.model)} == {8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "size", "capacity"), [(8, 32, 72), (4, 32, 72), (8, 8, 111), (4, 8, 111)])
 def test_integers_in_a_window(bits, size, capacity):
     """The same numbers as from a cache that holds everything, as it does where heads are too small."""
@@ -176,6 +178,7 @@ def test_integers_in_a_window(bits, size, capacity):
     assert {value.shape()[2] for value in decoder.cache.buffers.values()} == {capacity}
 
 
+@pytest.mark.slow
 def test_layers_without_a_window_are_reported():
     """Gemma 3 has windows in some of its layers."""
     compiled = windowed(gemma, Window())

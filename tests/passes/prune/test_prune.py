@@ -159,6 +159,7 @@ def test_several_targets_are_alternatives(model, calibration, clock):
         assert measured == pytest.approx(speedup, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_fast_enough_stays_as_it_is(llama, model, calibration, clock):
     faster = clone(llama.model)
     prune(faster, calibration, speedup=(2.0,))
@@ -232,6 +233,7 @@ def _own(compiled: planish.CompiledModel, feeds):
     return fitted(feeds, compiled.model)
 
 
+@pytest.mark.slow
 def test_a_decoder_without_some_layers_is_called_like_the_module(llama, calibration):
     """The cache that comes back has the layers that are left, and is taken again."""
     compiled = planish.compile(

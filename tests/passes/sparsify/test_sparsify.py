@@ -114,6 +114,7 @@ def test_two_of_four_holds_along_the_inputs(tmp_path, method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_training_recovers_what_pruning_at_once_loses(tmp_path, method):
     original = mlp()
