@@ -30,16 +30,20 @@ import transformers
 
 _RESULTS = Path(__file__).parent / "results" / "plan.md"
 _GOAL = 0.25
+_SHORT = 10.0
+"""Seconds below which a compilation is done twice, as plans do: the faster one was disturbed less."""
 _ACTUAL = r"""
 import json, pickle, re, sys, time
 from pathlib import Path
 import planish
 import planish.compiler
+from planish.passes import Pipeline
 from planish.runtime.provenance import Provenance
 model, passes, data, output = sys.argv[1:]
 calibration = pickle.loads(Path(data).read_bytes())
+pipeline = Pipeline.of(passes)  # imports the passes, as nothing else does
 began = time.perf_counter()
-compiled = planish.compile(model, passes, calibration=calibration)
+compiled = planish.compile(model, pipeline, calibration=calibration)
 compiled.save(output)
 seconds = time.perf_counter() - began
 # Not ru_maxrss, which begins with the memory of the process that started this one.
@@ -107,7 +111,7 @@ SUBJECTS = (
     Subject(
         "0.1B decoder, 8-bit cache, GPTQ",
         _decoder("0.1B"),
-        f"canonicalize,fuse,kv-cache{{bits=8}},{_GPTQ}",
+        f"canonicalize,fuse,{_GPTQ},kv-cache{{bits=8}}",
         _tokens(32, 256),
     ),
     Subject(
@@ -174,8 +178,9 @@ def measured(subject: Subject) -> Row:
             str(folder / "data.pickle"),
             str(output),
         ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        actual = json.loads(done.stdout.splitlines()[-1])
+        actual = _run(command)
+        if actual["seconds"] < _SHORT:
+            actual["seconds"] = min(actual["seconds"], _run(command)["seconds"])
         size = sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("result.onnx"))
     assert plan.peak_memory is not None
     return Row(
@@ -188,6 +193,12 @@ def measured(subject: Subject) -> Row:
         layers=plan.layers,
         probe=plan.probe_seconds,
     )
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _planned_coverage(plan: planish.Plan) -> Iterator[tuple[str, int, int, dict[str, int]]]:
@@ -235,7 +246,8 @@ def main() -> None:
         "|" + "---|" * len(_HEADINGS),
         *("| " + " | ".join(row.cells()) + " |" for row in rows),
         "",
-        "Seconds are of compiling and saving, without the start of the interpreter; the peak is resident",
+        "Seconds are of compiling and saving, without starting and importing; below",
+        f"{_SHORT:.0f} s the faster of two, as plans take them. The peak is resident",
         "memory, pages of mapped files included. Coverage is the same if every pass covers and skips as many",
         "layers for the same reasons; kernels, if every one is bound to as many nodes.",
         "",

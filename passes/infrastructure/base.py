@@ -253,6 +253,12 @@ class Pass(abc.ABC):
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """Rewrite ``model`` in place."""
 
+    @property
+    def training_steps(self) -> int | None:
+        """How often it repeats a step of training, by its option ``steps``; None: it does not train."""
+        steps = getattr(self, "steps", None)
+        return steps if isinstance(steps, int) and steps > 0 else None
+
     def changed_options(self) -> dict[str, Any]:
         """The options that differ from their defaults, in order of definition."""
         changed: dict[str, Any] = {}

@@ -84,6 +84,11 @@ class Rotate(Pass):
 
         parse_scheme(self.scheme)
 
+    @property
+    def training_steps(self) -> int | None:
+        """Only learned rotations are trained."""
+        return self.steps if self.kind == "learned" else None
+
     def run(self, model: ir.Model, ctx: PassContext) -> PassResult:
         """First the online rotations, R3 and R4, which others may be learned for; then R1 and R2."""
         if self.kind == "learned":

@@ -280,6 +280,12 @@ def _():
     compile_mlp("canonicalize", preset="cpu-int8")
 
 
+@entry("A budget that nothing meets")
+def _():
+    weights = ("quantize{scheme=W8A8,activations=token,ignore=[]}",)
+    compile_mlp(budget=planish.Budget(size="1%", weights=weights))
+
+
 @entry("A recipe with an unknown key")
 def _():
     Path("recipe.yaml").write_text("pases: [canonicalize]\n")

@@ -294,6 +294,12 @@ def test_steps_are_rehearsed_in_part(stack, in_process):
     }
 
 
+def test_steps_of_what_is_not_trained_say_nothing(stack, in_process):
+    data = [{"x": np.ones((2, 5, 32), np.float32)}]
+    plan(stack, "canonicalize,rotate{rotations=[R4]}", calibration=data)
+    assert {task.passes for _, task, _ in in_process} == {"canonicalize,rotate{rotations=[R4]}"}
+
+
 def test_large_models_are_rehearsed_in_a_file(stack, in_process, monkeypatch):
     plan(stack, "canonicalize,fuse")
     monkeypatch.setenv("PLANISH_SPILL_FROM", "1000")
