@@ -15,7 +15,7 @@ def test_every_room_is_in_the_package_list():
     import tomllib
 
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    rooms = ("ir", "codegen", "runtime", "passes")
+    rooms = ("ir", "codegen", "runtime", "passes", "search", "planning")
     found = {"planish"} | {
         ".".join(("planish", *folder.parent.relative_to(ROOT).parts))
         for room in rooms

@@ -206,7 +206,7 @@ def test_costs_are_affine_in_layers_and_data(stack, monkeypatch):
         return dataclasses.replace(found, phases=phases)
 
     monkeypatch.setattr(rehearsal, "_compile", compile_here)
-    data = [{"x": np.zeros((64, 5, 32), np.float32)} for _ in range(4)]
+    data = [{"x": np.zeros((60, 5, 32), np.float32)} for _ in range(4)]
     found = plan(stack, "canonicalize,fuse", calibration=data)
     batches = len(CalibrationData.read(data, stack))
     assert batches > 4
@@ -220,12 +220,12 @@ def test_noise_gives_no_time_back(stack, monkeypatch):
 
     def compile_here(model, task, spill_from):
         calls.append(model)
-        return outcome(model, task, spill_from, seconds=lambda *_: 9.0 / len(calls))
+        return outcome(model, task, spill_from, seconds=lambda *_: 90.0 / len(calls))
 
     monkeypatch.setattr(rehearsal, "_compile", compile_here)
     found = plan(stack, "canonicalize,fuse")
     assert len(calls) == 2
-    assert found.passes[1].seconds == 9.0
+    assert found.passes[1].seconds == 90.0
 
 
 def test_short_compilations_are_timed_twice(stack, monkeypatch):
