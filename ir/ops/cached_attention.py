@@ -14,7 +14,8 @@ The overload says how the cache is stored:
 - ``int4``: two channels to a byte, q + 8 with q clamped to −8 … 7; the even channel has the low four bits.
 
 A quantised cache has the scales ``key_scale`` and ``value_scale``, [1], or [1, kv_heads, 1, size] for one per
-channel. New keys and values are quantised first and then attended to, like those before them.
+channel, in float32 whatever K and V are. New keys and values are quantised first and then attended to, like
+those before them.
 
 Where the attribute ``window`` is not 0, the mask hides all but the last so many tokens from a query, its own
 among them. A kernel may then forget the others; the op itself forgets nothing.
@@ -52,7 +53,8 @@ _LIMITS = """
   highest = Constant <value_float: float = {highest}.0> ()
 """
 _ROUND = """
-  {x}_scaled = Div ({x}, {name}_scale)
+  {x}_wide = Cast <to: int = 1> ({x})
+  {x}_scaled = Div ({x}_wide, {name}_scale)
   {x}_nearest = Round ({x}_scaled)
   {x}_integers = Clip ({x}_nearest, lowest, highest)
 """
@@ -60,7 +62,8 @@ _INT8 = """
   {x}_new = Cast <to: int = 3> ({x}_integers)
   present_{name} = Concat <axis: int = 2> (past_{name}, {x}_new)
   {x}_present = Cast <to: int = 1> (present_{name})
-  {x}_all = Mul ({x}_present, {name}_scale)
+  {x}_product = Mul ({x}_present, {name}_scale)
+  {x}_all = CastLike ({x}_product, {x})
 """
 # The low bits go before the shift: OpenVINO rounds what is shifted out.
 _INT4_CONSTANTS = """
@@ -95,7 +98,8 @@ _INT4 = """
   {x}_channels = Reshape ({x}_columns, channels_shape)
   {x}_float = Cast <to: int = 1> ({x}_channels)
   {x}_centred = Sub ({x}_float, eight)
-  {x}_all = Mul ({x}_centred, {name}_scale)
+  {x}_product = Mul ({x}_centred, {name}_scale)
+  {x}_all = CastLike ({x}_product, {x})
 """
 _ATTEND = """
   y = Attention <scale: float = @scale, softcap: float = @softcap> (q, {keys}, {values}, mask)

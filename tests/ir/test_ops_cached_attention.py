@@ -12,10 +12,10 @@ HEADS, KV_HEADS, SIZE = 4, 2, 8
 STORED = {32: ir.DataType.FLOAT, 8: ir.DataType.INT8, 4: ir.DataType.UINT8}
 
 
-def model_of(bits, scales=None, softcap=0.0):
+def model_of(bits, scales=None, softcap=0.0, floats=ir.DataType.FLOAT):
     columns = SIZE // 2 if bits == 4 else SIZE
 
-    def value(name, shape, dtype=ir.DataType.FLOAT):
+    def value(name, shape, dtype=floats):
         return ir.val(name, shape=shape, dtype=dtype)
 
     query = value("query", ["batch", "new", HEADS * SIZE])
@@ -133,6 +133,25 @@ def test_what_it_computes_and_stores(bits, scale_shape, softcap):
     expected = attention(heads_first(feeds["query"], HEADS), keys, values, feeds["mask"], softcap)
     # Sums of eight float32 products, and dequantised values up to 25.
     np.testing.assert_allclose(y, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sixteen_bits_are_quantised_by_the_same_scales(bits):
+    scales = [np.array([0.1], np.float32), np.array([0.15], np.float32)]
+    half = {
+        name: array.astype(np.float16) if array.dtype == np.float32 else array
+        for name, array in made_up(bits).items()
+    }
+    wide = {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in half.items()
+    }
+    y, *present = run(model_of(bits, scales, floats=ir.DataType.FLOAT16), half)
+    expected, *expected_present = run(model_of(bits, scales), wide)
+    for found, same in zip(present, expected_present, strict=True):
+        np.testing.assert_array_equal(found, same)
+    assert y.dtype == np.float16
+    # The numbers of the cache and of the softmax are rounded to 11 bits on the way.
+    np.testing.assert_allclose(y, expected, rtol=0, atol=8 * 2**-11 * np.abs(expected).max())
 
 
 def test_scales_and_bits_must_fit():
