@@ -27,13 +27,14 @@ from .cli_options import (
     ModelArgument,
     SizesOption,
     TrainingOption,
+    check_output,
     format_shapes,
     read_batches,
     read_feeds,
     read_recipe,
     recipe_path,
 )
-from .ir.errors import InputError, ModelError, PlanishError
+from .ir.errors import InputError, PlanishError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,8 +200,7 @@ def compile_command(
 
     chosen = read_recipe(passes, recipe, preset)
     target, seed = target or chosen.target or "onnxruntime-cpu", chosen.seed or 0 if seed is None else seed
-    if not output.parent.is_dir():  # before hours of work, not after
-        raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
+    check_output(output)
     if fast_prefill and output.suffix == ".onnx":
         raise InputError(
             f"--fast-prefill: kernels for prompts go into a folder, found --output {output}",

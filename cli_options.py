@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .ir.errors import InputError
+from .ir.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +70,16 @@ def read_recipe(passes: str | None, recipe: Path | None, preset: str | None) -> 
     if preset is not None:
         return find_preset(preset)
     return Recipe(Pipeline.of("canonicalize,fuse")) if passes is None else Recipe(read_pipeline(passes))
+
+
+def check_output(output: Path) -> None:
+    """Say before hours of work, and not after, that a result cannot be written.
+
+    Raises:
+        ModelError: there is no folder to write it to.
+    """
+    if not output.parent.is_dir():
+        raise ModelError(f"--output {output}: {output.parent} is not a folder", hint="make it first")
 
 
 def recipe_path(output: Path) -> Path:

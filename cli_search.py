@@ -19,6 +19,7 @@ from .cli_options import (
     InputsOption,
     ModelArgument,
     SizesOption,
+    check_output,
     read_batches,
     read_feeds,
     recipe_path,
@@ -95,6 +96,7 @@ def search(
         trials=trials,
         on_trial=_show,
     )
+    check_output(output)
     feeds = read_feeds(model, inputs, size)
     compiled = compile_model(
         model,

@@ -276,6 +276,14 @@ class TestCommand:
         assert any(point["chosen"] for point in json.loads(properties["planish.pareto"]))
         assert "quantize" in (tmp_path / "small.recipe.yaml").read_text()
 
+    def test_a_folder_that_is_not_there_is_said_before_the_work(self, model, tmp_path):
+        path, output = tmp_path / "model.onnx", tmp_path / "absent" / "small.onnx"
+        planish.save(model, path)
+        run = CliRunner().invoke(app, ["search", str(path), "-o", str(output), "--max-size", "50%"])
+        assert run.exit_code == 1
+        assert "is not a folder" in " ".join(run.output.split())
+        assert "uncompressed" not in run.output  # nothing was measured
+
     @pytest.mark.parametrize("text", ["nothing", "absent.py:metric"])
     def test_metrics_that_are_not_there(self, model, tmp_path, text):
         path = tmp_path / "model.onnx"
