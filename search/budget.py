@@ -44,7 +44,7 @@ class Budget:
             calibration data by default none.
         weights: likewise, of the weights. By default 8 and 4 bits, and with calibration data mixed bits in
             between, by measured sensitivities.
-        caches: likewise, of a decoder's key-value cache: by default 8 and 4 bits.
+        caches: likewise, of a decoder's key-value cache: by default 8 and 4 bits, with calibration data.
         on_trial: called with every model that was measured, and whether it meets the budget.
     """
 

@@ -88,7 +88,7 @@ class _Search:
         has_cache = self._measuring.dense.cache is not None
         self._knobs: tuple[Sequence[str], Sequence[str], Sequence[str]] = (
             _given(budget.pruning, PRUNING if has_data else ()),
-            _given(budget.caches, CACHES if has_cache else ()),
+            _given(budget.caches, CACHES if has_cache and has_data else ()),
             _given(budget.weights, SOLVED if has_data else ROUNDED),
         )
 

@@ -249,11 +249,13 @@ class TestSearches:
         seen = []
         budget = Budget(
             cache="60%",
+            pruning=(),
             weights=(),
             caches=("kv-cache{bits=8}",),
             on_trial=lambda point, _: seen.append(point),
         )
-        compiled = planish.compile(traced_llama(), budget=budget)
+        data = [{"input_ids": np.random.default_rng(0).integers(0, 64, (4, 24))}]
+        compiled = planish.compile(traced_llama(), budget=budget, calibration=data)
         dense, small = seen
         assert small.cache < 0.6 * dense.cache
         assert next(point for point in compiled.front if point.chosen).passes == small.passes
