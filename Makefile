@@ -34,8 +34,9 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # The site, into site/; a link or page that is missing is an error.
+# Not quietly: warnings that are not said are not counted, and strictness is about them.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(VENV)/.bench
 	$(BIN)/python benchmarks/sentence_embeddings.py --peers
