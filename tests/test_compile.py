@@ -211,3 +211,11 @@ def test_models_and_inputs_that_cannot_run_are_one_clear_error(body, feeds, erro
     with pytest.raises(error, match=message) as caught:
         planish.compile(model, "canonicalize", example_inputs=feeds, check="contract", target="portable")
     assert "\n" not in str(caught.value)
+
+
+def test_example_inputs_in_bfloat16():
+    module = torch.nn.Linear(8, 4).to(torch.bfloat16)
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    compiled = planish.compile(module, example_inputs=x, target="torch")
+    # Eight bits of significand: rounding once more or once less is half a unit in the last place.
+    torch.testing.assert_close(compiled(x), module(x), rtol=2**-8, atol=2**-8)
