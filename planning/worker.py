@@ -53,7 +53,7 @@ class _Clock(Instrument):
     def cut(self, name: str) -> None:
         """What was done since the last cut goes by this name."""
         now = time.perf_counter()
-        self.phases.append(Phase(name, now - self._start, _peak_since_reset()))
+        self.phases.append(Phase(name, now - self._start, peak_memory_bytes()))
         self._start = now
         _reset_peak()
 
@@ -72,14 +72,6 @@ class _Clock(Instrument):
         """A pass ends, checks of its result included."""
         del model, result
         self.cut(phase_of(invocation.position, invocation.pass_.name))
-
-
-def _peak_since_reset() -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory_bytes()
 
 
 def _reset_peak() -> None:
