@@ -17,7 +17,7 @@ test: $(VENV)/.dev
 
 # Sanitizers, seeded bugs, every kernel's compilation, every architecture: tests that take long by themselves.
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
