@@ -84,8 +84,8 @@ def main() -> None:
     train(module, texts, labels)
 
     dense = planish.compile(module, example_inputs={"input_ids": texts[:2]})
-    # Speed is measured at the size of the deployment: here 32 texts of 32 words. A tenth off is near enough for
-    # an example; without `deviation` the search would go on until 3 %.
+    # Speed is measured at the size of the deployment: here 32 texts of 32 words. A tenth off is near enough
+    # for an example; without `deviation` the search would go on until 3 %.
     goal = "speedup=2.0,deviation=0.1,batch=32,sequence=32,evaluations=40"
     pruned = planish.compile(
         module,

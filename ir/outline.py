@@ -17,8 +17,7 @@ import onnx_ir as ir
 
 from .errors import ModelError
 from .external import release
-from .ops import DOMAIN, integer_values, operand
-from .rearranged import TransposedTensor
+from .ops import DOMAIN, integer_values, operand, zeros_of
 from .views import blocks
 from .views.convolutions import as_convolution
 from .views.linears import as_linear, stored_weight_owner
@@ -284,9 +283,7 @@ def _share_of_zeros(node: ir.Node, tensor: ir.TensorProtocol) -> float | None:
         return None
     zero_point = operand(node, "zero_point")
     if zero_point is None or zero_point.const_value is None:
-        stored = tensor.source if isinstance(tensor, TransposedTensor) else tensor
-        values = integer_values(stored) if stored.dtype.is_integer() else stored.numpy()
-        zeros = tensor.size - int(np.count_nonzero(values))
+        zeros = zeros_of(tensor)
     elif len(tensor.shape) == 2:
         middles = integer_values(zero_point.const_value)
         groups = middles.shape[0] if middles.ndim == 2 else 1

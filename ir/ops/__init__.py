@@ -4,7 +4,7 @@ A body is its op's meaning. A model that holds these ops is valid ONNX and runs 
 inlined; targets bind the same nodes to faster kernels.
 """
 
-from .containers import container, integer_tensor, integer_values
+from .containers import container, integer_tensor, integer_values, zeros_of
 from .definition import DOMAIN, VERSION, OpDefinition, define, inline
 from .dynamic_quantized_linear import dynamic_quantized_linear
 from .hadamard_transform import factor_values, hadamard_transform
@@ -39,4 +39,5 @@ __all__ = [
     "quantized_linear",
     "replace",
     "static_quantized_linear",
+    "zeros_of",
 ]

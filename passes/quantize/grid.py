@@ -124,11 +124,13 @@ class Grid:
         """The covering grid; ranges smaller by ``factors``, with the zero points beside; pairs that fit."""
         # torch's reductions along an inner axis take a seventh of the time of numpy's.
         tensor = torch.from_numpy(blocks)
-        lowest, highest = tensor.amin(1).numpy(), tensor.amax(1).numpy()
+        lowest = _ordered_as(blocks, tensor.amin(1).numpy())
+        highest = _ordered_as(blocks, tensor.amax(1).numpy())
         if self.symmetric:
-            covering = np.maximum(-lowest, highest) / self.highest
+            widest: Floats = np.maximum(-lowest, highest)
         else:
-            covering = (np.maximum(highest, 0) - np.minimum(lowest, 0)) / self.highest
+            widest = np.maximum(highest, 0) - np.minimum(lowest, 0)
+        covering = widest / np.float32(self.highest)
         yield self._scale_and_zero(covering, lowest)
         searches_zero = not self.symmetric and self.bits <= _BITS_WITH_ZERO_SEARCH
         for factor in factors:
@@ -154,10 +156,12 @@ class Grid:
 
     def codes(self, values: Any, scale: Any, zero: Any) -> Any:
         """clamp(round(values / scale) + zero)."""
-        integers = np.rint(values / scale)
+        integers = np.asarray(values / scale)  # in place from here on: new memory costs as much as arithmetic
+        np.rint(integers, out=integers)
         if zero is not None:
             integers += zero
-        return np.clip(integers, self.lowest, self.highest, out=integers)
+        number = integers.dtype.type
+        return np.clip(integers, number(self.lowest), number(self.highest), out=integers)
 
     def values(self, codes: Any, scale: Any, zero: Any) -> Any:
         """(codes − zero) · scale."""
@@ -198,7 +202,7 @@ def fit(
             eᵀ H e with the block's own part of H, else the sum of squares.
         factors: parts of the range to try; by default `CLIP_FACTORS` where the grid asks for clipping.
     """
-    blocks = _blocks(weight, grid)
+    blocks = in_blocks(weight, grid)
     if factors is None:
         factors = CLIP_FACTORS if grid.clip else ()
     trials = grid.trials(blocks, factors)
@@ -218,7 +222,7 @@ def fit(
 
 def round_to_grid(weight: Floats, scale: Floats, zero: Floats | None, grid: Format) -> QuantizedWeight:
     """Round ``weight`` [K, N] to the nearest points of the grid, pairs within their limit if it has one."""
-    codes = nearest_codes(_blocks(weight, grid), scale, zero, grid).reshape(weight.shape)
+    codes = nearest_codes(in_blocks(weight, grid), scale, zero, grid).reshape(weight.shape)
     return grid.stored(codes, scale, zero)
 
 
@@ -230,10 +234,19 @@ def nearest_codes(blocks: Floats, scale: Floats, zero: Floats | None, grid: Form
     return codes
 
 
-def _blocks(weight: Floats, grid: Format) -> Floats:
+def in_blocks(weight: Floats, grid: Format) -> Floats:
+    """``weight`` [K, N] as [K / B, B, N], B rows of a column being what shares a scale."""
     rows, columns = weight.shape
     block_size = grid.block_size or rows
     return weight.reshape(rows // block_size, block_size, columns)
+
+
+def _ordered_as(blocks: Floats, grids: Floats) -> Floats:
+    """``grids`` [blocks, N] in memory as ``blocks`` [blocks, B, N] are, columns first or not.
+
+    Arithmetic of the two runs along memory then, and its results are in that order, too.
+    """
+    return np.asarray(grids, order="F" if blocks.strides[1] < blocks.strides[2] else "C")
 
 
 def _diagonal_blocks(covariance: Doubles, size: int) -> Floats:

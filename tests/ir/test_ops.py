@@ -284,7 +284,19 @@ def test_integers_survive_their_container(data, bits, signed):
     values = np.array(flat).reshape(shape)
     tensor = ops.integer_tensor(values, ops.container(bits, signed=signed), "w")
     np.testing.assert_array_equal(ops.integer_values(tensor), values)
+    assert ops.zeros_of(tensor) == np.sum(values == 0)
+    assert ops.zeros_of(ops.integer_tensor(np.asfortranarray(values), tensor.dtype, "w")) == np.sum(
+        values == 0
+    )
     assert tensor.nbytes == (values.size + 1) // 2 if bits <= 4 else values.size
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_many_integers_are_packed_a_few_at_a_time(dtype):
+    values = np.random.default_rng(0).integers(0, 8, 300_001).astype(dtype)
+    tensor = ops.integer_tensor(values, ir.DataType.UINT4, "w")
+    np.testing.assert_array_equal(ops.integer_values(tensor), values)
+    assert ops.zeros_of(tensor) == np.sum(values == 0)
 
 
 @pytest.mark.parametrize("bits", [1, 9])

@@ -15,7 +15,7 @@ WORKERS = LocalWorkers(2)
 
 @pytest.fixture(autouse=True)
 def _few_at_once(monkeypatch):
-    monkeypatch.setattr(streamed, "_NUMBERS_AT_ONCE", 640)
+    monkeypatch.setattr(streamed, "_NUMBERS_AT_ONCE", 80)
 
 
 def value(weight, transposed):

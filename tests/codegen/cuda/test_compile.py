@@ -14,10 +14,10 @@ pytest.importorskip("cuda.core")
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(len(ARCHITECTURES)), ids=ARCHITECTURES)
 def test_nothing_spills(turn, tmp_path, monkeypatch):
-    """Each variant on one architecture in turn; `benchmarks/cuda_resources.py` has them all on all."""
+    """Every other variant, on one architecture in turn; `benchmarks/cuda_resources.py` has all on all."""
     monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path))
     architecture = ARCHITECTURES[turn]
-    for launch in variants(GPUS["H100"])[turn :: len(ARCHITECTURES)]:
+    for launch in variants(GPUS["H100"])[turn :: 2 * len(ARCHITECTURES)]:
         found = compiled(launch.kernel, architecture)
         assert found.resources.spilled_bytes == 0, str(launch.kernel)
         assert found.resources.stack_bytes == 0, str(launch.kernel)
