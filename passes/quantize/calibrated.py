@@ -20,7 +20,6 @@ from ...ir.errors import PassError
 from ...runtime.calibration import ActivationStream, Covariance, RangeCollector, Tap, can_unfold
 from ...runtime.calibration.ranges import Method, asymmetric_grid
 from ...runtime.work_cache import Work
-from ...runtime.workers import Workers
 from ..infrastructure.base import LayerErrors, PassContext
 from .algorithms import Algorithm, LayerStatistics
 from .algorithms.rtn import RoundToNearest
@@ -194,7 +193,7 @@ class CalibratedQuantizer:
         for alike in _with_equal_grids(group):
             grid, rounds = alike[0].grid, isinstance(self.algorithm, RoundToNearest)
             if rounds and statistics is None and isinstance(grid, Grid):
-                yield from ((plan, _rounded(plan, grid, self.ctx.workers)) for plan in alike)
+                yield from ((plan, _rounded(plan, grid)) for plan in alike)
                 continue
             weights = [read_linear_weight(plan.linear) for plan in alike]
             names = ", ".join(plan.linear.name for plan in alike)
@@ -220,10 +219,10 @@ def _decisions(group: list[LayerPlan] | ConvolutionPlan) -> list[tuple[object, .
     return [(plan.linear.name, plan.scheme, plan.grid, plan.activations) for plan in group]
 
 
-def _rounded(plan: LayerPlan, grid: Grid, workers: Workers) -> LayerResult:
+def _rounded(plan: LayerPlan, grid: Grid) -> LayerResult:
     """Rounded to nearest, without having the whole weight in float32."""
     linear = plan.linear
-    weight, error = round_weight(linear.weight, grid, workers, transposed=linear.transposed)
+    weight, error = round_weight(linear.weight, grid, transposed=linear.transposed)
     return LayerResult(weight, None, LayerErrors(error), plan.activations)
 
 

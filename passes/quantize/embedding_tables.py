@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from ...ir import ops
 from ...ir.errors import PassError
-from ...runtime.workers import Workers
 from .grid import Grid
 from .streamed import round_weight
 from .weights import ERROR_KEY, FLOATS, add_tensor, float_dtype
@@ -58,10 +57,10 @@ def reason_to_skip_table(table: EmbeddingTable) -> str | None:
     return None
 
 
-def quantize_table(model: ir.Model, table: EmbeddingTable, workers: Workers) -> float:
+def quantize_table(model: ir.Model, table: EmbeddingTable) -> float:
     """Replace the table and its gathers in place; returns the relative error of the table."""
     grid = Grid(bits=8, symmetric=True, block_size=0, scale_dtype=float_dtype(table.table).numpy())
-    by_column, error = round_weight(table.table, grid, workers, transposed=True)
+    by_column, error = round_weight(table.table, grid, transposed=True)
     integers = add_tensor(model, by_column.integers.T, f"{table.name}.weight_quantized", ir.DataType.INT8)
     scale = add_tensor(model, by_column.scale[:, None], f"{table.name}.weight_scale")
     for gather in table.gathers:

@@ -156,15 +156,24 @@ class Grid:
 
     def codes(self, values: Any, scale: Any, zero: Any) -> Any:
         """clamp(round(values / scale) + zero)."""
-        integers = np.asarray(values / scale)  # in place from here on: new memory costs as much as arithmetic
-        np.rint(integers, out=integers)
+        if values.ndim > 1:
+            # torch goes through memory once for numpy's two times, and with all its threads.
+            codes = torch.from_numpy(values).div(torch.from_numpy(scale)).round_()
+            if zero is not None:
+                codes += torch.from_numpy(zero)
+            return codes.clamp_(self.lowest, self.highest).numpy()
+        integers = np.rint(values / scale)
         if zero is not None:
             integers += zero
-        number = integers.dtype.type
-        return np.clip(integers, number(self.lowest), number(self.highest), out=integers)
+        return np.clip(integers, self.lowest, self.highest, out=integers)
 
     def values(self, codes: Any, scale: Any, zero: Any) -> Any:
         """(codes − zero) · scale."""
+        if isinstance(scale, np.ndarray) and scale.ndim > 1:
+            steps = torch.from_numpy(codes)
+            if zero is not None:
+                steps = steps - torch.from_numpy(zero)
+            return steps.mul(torch.from_numpy(scale)).numpy()
         return codes * scale if zero is None else (codes - zero) * scale
 
     def stored(self, codes: npt.NDArray[Any], scale: Floats, zero: Floats | None) -> QuantizedWeight:
@@ -172,8 +181,9 @@ class Grid:
         dtype = np.int8 if self.symmetric else np.uint8
         if self.block_size == 0:
             scale, zero = scale[0], None if zero is None else zero[0]
+        integers = torch.from_numpy(codes).to(torch.int8 if self.symmetric else torch.uint8).numpy()
         return QuantizedWeight(
-            codes.astype(dtype),
+            integers,
             scale.astype(self.scale_dtype),
             None if zero is None else zero.astype(dtype),
             self.bits,
@@ -260,9 +270,11 @@ def _error(
 ) -> npt.NDArray[Any]:
     """What rounding costs each block, [blocks, N]."""
     codes = nearest_codes(blocks, scale, zero, grid)
-    error = grid.values(codes, scale[:, None], None if zero is None else zero[:, None]) - blocks
-    weighted = error if metric is None else metric @ error
-    costs: npt.NDArray[Any] = np.einsum("bkn,bkn->bn", weighted, error)
+    error = grid.values(codes, scale[:, None], None if zero is None else zero[:, None])
+    error -= blocks
+    if metric is None:
+        return torch.from_numpy(error).square_().sum(1).numpy()
+    costs: npt.NDArray[Any] = np.einsum("bkn,bkn->bn", metric @ error, error)
     return costs
 
 

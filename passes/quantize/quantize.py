@@ -235,7 +235,7 @@ class Quantize(Pass):
             if reason is not None:
                 skipped.append(Skipped(table.name, reason))
                 continue
-            errors[table.name] = LayerErrors(quantize_table(model, table, ctx.workers))
+            errors[table.name] = LayerErrors(quantize_table(model, table))
         return errors
 
     def _not_asked_for(self, name: str) -> str | None:

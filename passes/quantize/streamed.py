@@ -16,25 +16,22 @@ import torch
 from ...codegen.torch_fx.tensors import from_array
 from ...ir import release
 from ...ir.errors import PassError
-from ...runtime.workers import Workers
 from .grid import Grid, fit, in_blocks, nearest_codes
 from .quantized_weight import Floats, QuantizedWeight
 
-_NUMBERS_AT_ONCE = 1 << 17
-"""Of float32: half a megabyte, of which there are a few copies."""
-_PARTS_OF_A_PIECE = 8
-"""So many at a time go to a worker: handing over a single one takes a good part of rounding it."""
+_NUMBERS_AT_ONCE = 1 << 19
+"""Of float32: two megabytes, of which there are a few copies, shared out among the cores."""
 
 
-def round_weight(
-    weight: ir.Value, grid: Grid, workers: Workers, *, transposed: bool = False
-) -> tuple[QuantizedWeight, float]:
+def round_weight(weight: ir.Value, grid: Grid, *, transposed: bool = False) -> tuple[QuantizedWeight, float]:
     """A weight [K, N] rounded to nearest, its integers by columns, and ‖W − Ŵ‖ / ‖W‖.
+
+    On torch's threads: pieces of this size, given to threads of Python, wait longer for the interpreter's
+    lock than they compute.
 
     Args:
         weight: the constant.
         grid: of each column or block of one.
-        workers: round a few columns each.
         transposed: it is stored [N, K].
 
     Raises:
@@ -44,41 +41,27 @@ def round_weight(
     if tensor is None:
         raise PassError(f"quantize: weight {weight.name!r} is not constant")
     values = tensor.numpy().T if transposed else tensor.numpy()
-    pieces = _parts(values.shape, _PARTS_OF_A_PIECE * _NUMBERS_AT_ONCE)
-    rounded = _Rounded(values.shape, grid)
-    slabs = (values[:, piece] for piece in pieces)
-    for piece, slab in zip(pieces, workers.map(_round_slab, (str(weight.name), grid), slabs), strict=True):
-        rounded.fill(piece, slab)
+    rows, columns = values.shape
+    width = max(1, _NUMBERS_AT_ONCE // rows)
+    rounded = _Rounded((rows, columns), grid)
+    for start in range(0, columns, width):
+        part = slice(start, min(start + width, columns))
+        rounded.fill(part, _round_part(str(weight.name), grid, values[:, part]))
     release(tensor)
     return rounded.result(), float(np.sqrt(rounded.error / rounded.energy)) if rounded.energy else 0.0
 
 
-def _parts(shape: tuple[int, ...], numbers: int) -> list[slice]:
-    """Columns of an array of a shape that have about so many numbers together, at least one."""
-    rows, columns = shape
-    width = max(1, numbers // rows)
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
-_Slab = tuple[QuantizedWeight, float, float]
+_Part = tuple[QuantizedWeight, float, float]
 """Some columns, the sum of their squared errors, and of their squares."""
 
 
-def _round_slab(shared: tuple[str, Grid], values: npt.NDArray[Any]) -> _Slab:
+def _round_part(name: str, grid: Grid, values: npt.NDArray[Any]) -> _Part:
     """Round some columns [K, n] of a weight, in the type that they are stored in."""
-    name, grid = shared
-    rounded = _Rounded(values.shape, grid)
-    for part in _parts(values.shape, _NUMBERS_AT_ONCE):
-        rounded.fill(part, _round_part(name, grid, values[:, part]))
-    return rounded.result(), rounded.error, rounded.energy
-
-
-def _round_part(name: str, grid: Grid, values: npt.NDArray[Any]) -> _Slab:
     # Torch widens 16 bits eight times as fast as numpy, in the order that memory has.
     stored = from_array(values.T) if values.flags.f_contiguous else from_array(values).T
     columns_first = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     weight = columns_first.numpy().T
-    energy = _energy(weight)
+    energy = _energy(columns_first)
     # What is not finite makes the sum so, as large numbers do: all of them are looked at only then.
     if not np.isfinite(energy) and not np.isfinite(weight).all():
         raise PassError(
@@ -89,16 +72,17 @@ def _round_part(name: str, grid: Grid, values: npt.NDArray[Any]) -> _Slab:
     scale, zero = fit(weight, grid)
     codes = nearest_codes(blocks, scale, zero, grid)
     quantized = grid.stored(codes.reshape(weight.shape), scale, zero)
-    return quantized, _energy(_minus(blocks, codes, scale, zero)), energy
+    return quantized, _energy(_error(blocks, codes, scale, zero).permute(2, 0, 1)), energy
 
 
-def _minus(blocks: Floats, codes: Floats, scale: Floats, zero: Floats | None) -> Floats:
+def _error(blocks: Floats, codes: Floats, scale: Floats, zero: Floats | None) -> torch.Tensor:
     """What ``codes`` stand for minus ``blocks``, in the place of the codes: new memory costs as much."""
+    error = torch.from_numpy(codes)
     if zero is not None:
-        codes -= zero[:, None]
-    codes *= scale[:, None]
-    codes -= blocks
-    return codes
+        error -= torch.from_numpy(zero)[:, None]
+    error *= torch.from_numpy(scale)[:, None]
+    error -= torch.from_numpy(blocks)
+    return error
 
 
 class _Rounded:
@@ -117,14 +101,14 @@ class _Rounded:
         self._scale = np.empty((blocks, columns), grid.scale_dtype)
         self._zero_point = None if grid.symmetric else np.empty((blocks, columns), dtype)
 
-    def fill(self, columns: slice, slab: _Slab) -> None:
+    def fill(self, columns: slice, part: _Part) -> None:
         """Put some columns in their place."""
-        quantized, error, energy = slab
-        part = (slice(None), columns)
-        self._integers[part] = quantized.integers
-        self._scale[part] = quantized.scale
+        quantized, error, energy = part
+        where = (slice(None), columns)
+        self._integers[where] = quantized.integers
+        self._scale[where] = quantized.scale
         if self._zero_point is not None and quantized.zero_point is not None:
-            self._zero_point[part] = quantized.zero_point
+            self._zero_point[where] = quantized.zero_point
         self.error += error
         self.energy += energy
 
@@ -138,6 +122,7 @@ class _Rounded:
         return QuantizedWeight(self._integers, self._scale, zero_point, self._grid.bits)
 
 
-def _energy(values: Floats) -> float:
-    flat = values.ravel(order="K")
-    return float(np.dot(flat, flat))
+def _energy(values: torch.Tensor) -> float:
+    """The sum of squares of an array that is contiguous."""
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))

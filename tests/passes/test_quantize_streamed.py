@@ -8,9 +8,6 @@ from planish.ir.errors import PassError
 from planish.passes.quantize import streamed
 from planish.passes.quantize.algorithms.rtn import round_to_nearest
 from planish.passes.quantize.grid import Grid
-from planish.runtime.workers import LocalWorkers
-
-WORKERS = LocalWorkers(2)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +33,7 @@ def value(weight, transposed):
 def test_the_parts_are_the_whole(dtype, transposed, options):
     weight = np.random.default_rng(0).standard_normal((64, 97)).astype(dtype)
     grid = Grid(scale_dtype=np.dtype(np.float16), **options)
-    found, error = streamed.round_weight(value(weight, transposed), grid, WORKERS, transposed=transposed)
+    found, error = streamed.round_weight(value(weight, transposed), grid, transposed=transposed)
     wide = weight.astype(np.float32)
     expected = round_to_nearest(wide, grid)
     np.testing.assert_array_equal(found.integers, expected.integers)
@@ -50,7 +47,7 @@ def test_the_parts_are_the_whole(dtype, transposed, options):
 
 def test_zeros_have_no_error():
     grid = Grid(bits=4, symmetric=True, block_size=0, scale_dtype=np.dtype(np.float32))
-    found, error = streamed.round_weight(value(np.zeros((8, 4), np.float32), False), grid, WORKERS)
+    found, error = streamed.round_weight(value(np.zeros((8, 4), np.float32), False), grid)
     assert error == 0
     assert not found.integers.any()
 
@@ -61,6 +58,6 @@ def test_what_is_not_finite_is_named(bad):
     weight[3, 299] = bad
     grid = Grid(bits=4, symmetric=True, block_size=0, scale_dtype=np.dtype(np.float32))
     with pytest.raises(PassError, match="weight 'w' holds NaN or infinity"):
-        streamed.round_weight(value(weight, False), grid, WORKERS)
+        streamed.round_weight(value(weight, False), grid)
     with pytest.raises(PassError, match="weight 'w' is not constant"):
-        streamed.round_weight(ir.val("w"), grid, WORKERS)
+        streamed.round_weight(ir.val("w"), grid)
