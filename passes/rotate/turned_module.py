@@ -101,7 +101,7 @@ def _turn_constants(
             before = turned.get(vector.name) or by_value[vector.name]
             readers = list(before.users)
             with graph.inserting_before(before.next):
-                where = None if channels is None else _add_buffer(module, f"{vector.name}.heads", channels)
+                where = None if channels is None else _add_buffer(module, channels)
                 after = graph.call_function(turn_vectors, (before, matrix, vector.axis, where))
             for reader in readers:
                 reader.replace_input_with(before, after)
@@ -109,8 +109,9 @@ def _turn_constants(
     return turned
 
 
-def _add_buffer(module: fx.GraphModule, name: str, channels: Indices) -> fx.Node:
-    target = f"planish_{name}".replace(".", "_")
+def _add_buffer(module: fx.GraphModule, channels: Indices) -> fx.Node:
+    # Numbered: a constant's name may hold anything, and the target becomes a part of the module's source.
+    target = f"planish_heads_{len(list(module.buffers()))}"
     module.register_buffer(target, torch.from_numpy(channels))
     return module.graph.get_attr(target)
 

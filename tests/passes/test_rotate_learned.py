@@ -163,6 +163,17 @@ def test_rotations_leave_the_model_as_it_is_but_for_rounding() -> None:
     assert (logits_of(model, turns, turned_by, 4) - expected).abs().max() > 1e-2
 
 
+def test_weights_may_have_any_name() -> None:
+    """What is lowered is Python's source, in which a name must not end a string."""
+    model = decoder()
+    turns = find_turns(model)
+    expected = logits_of(model, turns, matrices(turns), 24)
+    for name in ("v.weight", "o.weight"):
+        model.graph.initializers[name].name = f"{name[0]}\"'\\{{}}\n.weight"
+    turns = find_turns(model)
+    torch.testing.assert_close(logits_of(model, turns, matrices(turns), 24), expected, rtol=0, atol=0)
+
+
 def test_rotations_learned_are_those_that_the_pass_makes() -> None:
     model = decoder()
     turns = find_turns(model)
