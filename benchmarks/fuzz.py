@@ -17,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -118,11 +119,13 @@ def report(rows: Sequence[Row]) -> str:
     ]
     if failures:
         lines += ["", "## Failures", "", "| seed | again | what |", "|---|---|---|"]
-        lines += [
-            f"| {row['seed']} | `{row['again']}` | {row['failure'][:300].replace('|', '¦')} |"
-            for row in failures
-        ]
+        lines += [f"| {row['seed']} | `{row['again']}` | {_shortened(row['failure'])} |" for row in failures]
     return "\n".join(lines) + "\n"
+
+
+def _shortened(failure: str) -> str:
+    """The beginning of what failed, without the folders of this machine, for a table."""
+    return re.sub(r"[^\s\"]*/site-packages/", "", failure)[:300].replace("|", "¦")
 
 
 def _families(rows: Sequence[Row]) -> list[str]:
