@@ -7,17 +7,21 @@ GPTQ_PEERS ?=
 # Where Torch-Pruning is installed, see benchmarks/torch_pruning_worker.py; without it there are no such rows.
 TORCH_PRUNING ?=
 
-.PHONY: demo test slow lint types layers docs benchmark clean
+.PHONY: demo test slow exhaustive lint types layers docs benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/sentence_embeddings.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not exhaustive"
 
-# Sanitizers, seeded bugs, every kernel's compilation, every architecture: tests that take long by themselves.
+# Sanitizers, compilation of kernels, whole decoders, killed runs: tests that take long by themselves.
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not exhaustive"
+
+# The same checks on more architectures, kernels and seeded bugs: before a release, and when CUDA sources change.
+exhaustive: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m exhaustive
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,11 +10,14 @@ import pytest
 pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("DistilBERT", "GPT-2", "Mistral", "Gemma 3", "T5 encoder", "CLIP", "ResNet", "SegFormer")
+NAMES = ("DistilBERT", "GPT-2", "T5 encoder", "CLIP", "ResNet")
+MORE = ("Mistral", "Gemma 3", "SegFormer")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE)]
+)
 def test_architecture_agrees_with_torch_at_other_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     tracing = importlib.import_module("tracing")

@@ -206,7 +206,7 @@ def test_awkward_names_find_a_place() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["BERT", "Llama"])
+@pytest.mark.parametrize("name", ["Llama", pytest.param("BERT", marks=pytest.mark.exhaustive)])
 def test_architecture_agrees_with_onnxruntime(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     architecture = importlib.import_module("architectures").by_name(name)

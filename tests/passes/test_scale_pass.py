@@ -337,7 +337,7 @@ def opt() -> ir.Model:
     ("name", "skipped"),
     [
         ("llama", {"self_attn.o_proj": "several query heads", "lm_head": "ignored"}),
-        ("opt", {}),
+        pytest.param("opt", {}, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize("fused", [False, True])

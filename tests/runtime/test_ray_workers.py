@@ -63,7 +63,13 @@ def test_a_weight_has_the_same_integers(name, cluster):
     assert solved(name, cluster) == solved(name, SERIAL)
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize(
+    "passes",
+    [
+        pytest.param(passes, id=name, marks=[pytest.mark.exhaustive] if name in ("allocate", "prune") else [])
+        for name, passes in PASSES.items()
+    ],
+)
 def test_a_compilation_gives_the_same_bytes(passes, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "_NARROWEST", 16)
     assert compiled(passes, cluster, tmp_path) == compiled(passes, 2, tmp_path)

@@ -55,7 +55,7 @@ def without_steps(monkeypatch):
     return compiled_without
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 def test_steps_give_the_tokens_of_the_whole_module(passes, precision, without_steps, monkeypatch):
     used = []

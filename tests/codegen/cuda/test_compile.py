@@ -12,7 +12,13 @@ pytest.importorskip("cuda.core")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(len(ARCHITECTURES)), ids=ARCHITECTURES)
+@pytest.mark.parametrize(
+    "turn",
+    [
+        pytest.param(turn, id=name, marks=[pytest.mark.exhaustive] if turn else [])
+        for turn, name in enumerate(ARCHITECTURES)
+    ],
+)
 def test_nothing_spills(turn, tmp_path, monkeypatch):
     """Every other variant, on one architecture in turn; `benchmarks/cuda_resources.py` has all on all."""
     monkeypatch.setenv("PLANISH_CACHE_DIR", str(tmp_path))

@@ -367,7 +367,7 @@ def test_lengths_beyond_the_buffer_end_with_it():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.exhaustive)])
 def test_sanitizers_find_nothing(sanitizer):
     case = problem([1100, 13], size=64, bits=4, kv_heads=1, spare=0)
     simulator = Simulator(order="shuffled", sanitizer=sanitizer)

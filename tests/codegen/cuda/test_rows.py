@@ -89,7 +89,7 @@ def test_transforms(numbers, factor, quantization):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.exhaustive)])
 def test_sanitizers_find_nothing(sanitizer):
     simulator = Simulator(order="shuffled", sanitizer=sanitizer)
     x = torch.randn(3, 12 * 64).half()

@@ -277,7 +277,7 @@ CHECKS = {
 """What a file is checked with, if not a product alone; each of them has to fail."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bug", list(BUGS))
 def test_a_bug_is_found(bug, tmp_path):
     """By the numbers, by the simulator, or by the thread sanitizer, in some order of threads and copies."""

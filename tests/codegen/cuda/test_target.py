@@ -159,7 +159,7 @@ def test_a_model_runs_through_the_kernels(passes, monkeypatch):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [8, *(pytest.param(bits, marks=pytest.mark.exhaustive) for bits in (16, 4))])
 def test_a_decoder_generates_through_the_kernel_of_attention(bits, monkeypatch):
     traced = planish.trace_causal_lm(small_decoder(head_dim=32))
     cache = "raise-cache" if bits == 16 else f"kv-cache{{bits={bits}}}"

@@ -113,7 +113,7 @@ def test_every_number_of_tiles_goes_through_the_ring(tiles, late):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.exhaustive)])
 def test_sanitizers_find_nothing(sanitizer):
     x, packed, bias, exact = problem(13, 256, 320, 64, torch.float16, bias=True)
     simulator = Simulator(order="shuffled", sanitizer=sanitizer)

@@ -132,7 +132,7 @@ def test_every_number_of_tiles_goes_through_the_ring(tiles):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.exhaustive)])
 def test_sanitizers_find_nothing(sanitizer):
     x, x_scales, packed, bias, exact = problem(13, 200, 528, 32, 4)
     simulator = Simulator(order="shuffled", sanitizer=sanitizer)

@@ -217,8 +217,11 @@ def prepared(
     [
         *(("llama", "canonicalize"), ("llama", "canonicalize,fuse")),
         *(("gpt2", "canonicalize"), ("gpt2", "canonicalize,fuse")),
-        *(pytest.param(name, "canonicalize", marks=pytest.mark.slow) for name in ("qwen3", "phi3", "opt")),
-        pytest.param("qwen3", "canonicalize,fuse", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "canonicalize", marks=pytest.mark.exhaustive)
+            for name in ("qwen3", "phi3", "opt")
+        ),
+        pytest.param("qwen3", "canonicalize,fuse", marks=pytest.mark.exhaustive),
     ],
 )
 def test_decoder(run: Anything, choices_of: Anything, zeroed: Anything, name: str, pipeline: str) -> None:
@@ -285,7 +288,7 @@ def test_saved_and_loaded(run: Anything, choices_of: Anything, zeroed: Anything,
     np.testing.assert_array_equal(step(loaded, run, prompt, None)[0], step(shrunk, run, prompt, None)[0])
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.exhaustive)])
 def test_width_of_the_stream(run: Anything, choices_of: Anything, zeroed: Anything, name: str) -> None:
     """Channels of the residual stream that are zero go, and the RMS norms are corrected for it."""
     choices = choices_of([structure_of(name).group("hidden")])

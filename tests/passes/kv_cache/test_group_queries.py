@@ -52,8 +52,9 @@ def logits(module, passes):
     ("kind", "order", "grouping"),
     [
         ("Llama", [0, 0, 1, 1], "neighbours"),
-        ("Llama", [0, 1, 0, 1], "similar"),
-        ("Qwen2", [1, 0, 0, 1], "similar"),  # with biases
+        pytest.param("Llama", [0, 1, 0, 1], "similar", marks=pytest.mark.exhaustive),
+        # with biases
+        pytest.param("Qwen2", [1, 0, 0, 1], "similar", marks=pytest.mark.exhaustive),
         ("Qwen3", [0, 1, 1, 0], "similar"),  # with a norm of each head
     ],
 )

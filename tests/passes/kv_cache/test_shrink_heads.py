@@ -59,7 +59,7 @@ def logits(compiled):
     return compiled.decoder(batch=len(IDS), capacity=IDS.shape[1]).forward(IDS)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Qwen2", marks=pytest.mark.exhaustive)])
 def test_what_is_not_used_is_not_missed(kind):
     graph = clone(traced(kind))
     whole = planish.compile(clone(graph), target=TARGET)
@@ -148,7 +148,10 @@ def test_principal_axes_are_the_best_projection():
     ("kind", "options", "passes", "reason"),
     [
         ("Qwen3", {}, "shrink-heads", "something else lies between"),
-        ("Phi3", {"pad_token_id": 0}, "shrink-heads", "no projections of their own"),
+        pytest.param(
+            *("Phi3", {"pad_token_id": 0}, "shrink-heads", "no projections of their own"),
+            marks=pytest.mark.exhaustive,
+        ),
         ("Llama", {}, "shrink-heads{keep=0.9}", "are all of them"),
     ],
 )

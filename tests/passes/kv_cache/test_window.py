@@ -158,7 +158,13 @@ def test_a_wider_window_stays():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "size", "capacity"), [(8, 32, 72), (4, 32, 72), (8, 8, 111), (4, 8, 111)])
+@pytest.mark.parametrize(
+    ("bits", "size", "capacity"),
+    [
+        *((8, 8, 111), (4, 8, 111)),
+        *(pytest.param(bits, 32, 72, marks=pytest.mark.exhaustive) for bits in (8, 4)),
+    ],
+)
 def test_integers_in_a_window(bits, size, capacity):
     """The same numbers as from a cache that holds everything, as it does where heads are too small."""
     graph = traced(mistral if size == 8 else wide_mistral)

@@ -473,7 +473,7 @@ def test_an_attention_whose_cache_is_needed_stays():
     assert "no cache is left" in skip.reason
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_that_has_lost_caches_is_timed_against_the_original(llama):
     """Its data lacks the caches of layer 0, which the original still reads."""
     model = clone(llama)
