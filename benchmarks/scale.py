@@ -3,7 +3,7 @@
 Each decoder has random float16 weights and is written to a folder first (see `large_decoder`). Compilation is
 a process of its own, whose resident memory is sampled; anonymous memory is what the system cannot drop, the
 rest are pages of mapped files. Beside it, in the same run: a copy of the model's files by the system, written
-through to the disk.
+through to the disk. A model's lines in the table are of one run; those of others stay as they were.
 
     python benchmarks/scale.py --only 0.1B                  # in minutes
     python benchmarks/scale.py --folder FOLDER              # 40 GB of disk; writes results/scale.md
@@ -127,24 +127,37 @@ def rows(name: str, folder: Path) -> list[str]:
     return lines
 
 
+def _rows_before() -> dict[str, list[str]]:
+    """The lines of the table for each model: what is not measured now stays."""
+    found: dict[str, list[str]] = {}
+    for line in _RESULTS.read_text().splitlines() if _RESULTS.exists() else []:
+        name = line.strip("| ").split(" ")[0]
+        if name in CASES:
+            found.setdefault(name, []).append(line)
+    return found
+
+
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where models are written, and found again; else deleted")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES), help="these models")
     given = parser.parse_args()
+    found = _rows_before()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        found = [line for name in given.only for line in rows(name, folder)]
+        for name in given.only:
+            found[name] = rows(name, folder)
     lines = [
         "# Models larger than memory should be",
         "",
         f"`python benchmarks/scale.py`; {os.cpu_count()} cores. Decoders of Llama's shapes in float16; "
-        "target onnxruntime-cpu. A copy is that of the input, written through to the disk.",
+        "target onnxruntime-cpu. A copy is that of the input, written through to the disk. "
+        "The lines of a shape are of one run.",
         "",
         "| shape | GB | passes | GB after | s | copy, s | GB/s | × copy | resident | anonymous |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *found,
+        *(line for name in CASES for line in found.get(name, [])),
         "",
     ]
     _RESULTS.write_text("\n".join(lines))
