@@ -117,8 +117,9 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
             it is killed, and does not compute again what is the same. True for the user's cache folder
             (``planish cache list`` shows it), or a folder.
         workers: who does the work that falls into layers: so many threads (by default one for each core),
-            ``"ray"`` or ``"ray://address"`` for the processes of a Ray cluster (with the extra
-            ``planish[ray]``), or `planish.runtime.workers.Workers`. The result does not depend on them.
+            ``"processes"`` or ``"processes:4"`` for processes of this machine, ``"ray"`` or
+            ``"ray://address"`` for those of a Ray cluster (with the extra ``planish[ray]``), or
+            `planish.runtime.workers.Workers`. The result does not depend on them.
         instruments: further instruments to run around the passes.
 
     Returns:

@@ -1,8 +1,8 @@
-"""What several workers bring: seconds of one thread, of two threads, of two processes of Ray; equal bytes.
+"""What several workers bring: seconds of threads, of processes, of processes of Ray; equal bytes.
 
 Three kinds of work that fall into layers, on random models: GPTQ of a decoder, the pruning database of an
 encoder, and the sensitivity sweep of allocate. Each is done in turn by all workers, as often as asked, and
-the best time counts; Ray has started and imported planish by then, and how long that took is said.
+the best time counts; processes have started and imported planish by then, and how long that took is said.
 
     python benchmarks/workers.py            # writes benchmarks/results/workers.md
     python benchmarks/workers.py --quick    # small sizes; prints
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gptq_cost
 import numpy as np
@@ -29,6 +29,7 @@ import pruning_cost
 from planish.ir import clone, load
 from planish.ir.content_hash import content_hash
 from planish.passes.prune import prune
+from planish.runtime.process_workers import LocalProcesses
 from planish.runtime.ray_workers import RayWorkers
 from planish.runtime.workers import LocalWorkers, Workers
 from rich.console import Console
@@ -173,10 +174,13 @@ def rows(name: str, outcomes: dict[str, Outcome]) -> list[tuple[str, ...]]:
     ]
 
 
-def started_ray() -> tuple[RayWorkers, float]:
+H = TypeVar("H", bound=Workers)
+
+
+def started(make: Callable[[], H]) -> tuple[H, float]:
     """Two processes that have imported planish, and how long that took."""
     start = time.perf_counter()
-    workers = RayWorkers(count=2)
+    workers = make()
     list(workers.map(_nothing, None, range(4)))
     return workers, time.perf_counter() - start
 
@@ -188,7 +192,7 @@ def _nothing(shared: None, item: int) -> int:
 
 
 def write_markdown(
-    path: Path, table: list[tuple[str, ...]], sizes: Sizes, startup: float, load: float
+    path: Path, table: list[tuple[str, ...]], sizes: Sizes, startup: dict[str, float], load: float
 ) -> None:
     """The table and how it came to be."""
     decoder, encoder = sizes.decoder, sizes.encoder
@@ -205,14 +209,15 @@ def write_markdown(
         "|---" * len(COLUMNS) + "|",
         *("| " + " | ".join(row) + " |" for row in table),
         "",
-        f"Ray took {startup:.1f} s to start two processes that have imported planish; that is in no row.",
+        "To start two processes that have imported planish took "
+        + " and ".join(f"{seconds:.1f} s ({name})" for name, seconds in startup.items())
+        + "; that is in no row.",
         "",
         "Running the model on the data, which all rows include, uses every core with one worker, too, and so",
         "do factorisations, which come once for a layer: what workers share is the rest. The loop of GPTQ",
-        "goes row by row in small operations; that threads wait for the interpreter's lock there, and",
-        "processes do not, is likely but was not measured. Where a piece takes no longer than sending it,",
-        "as in the database of a small model, processes lose. One run of the model is measured on one thread",
-        "in a sweep, whoever does it.",
+        "goes row by row in small operations, for which threads wait for the interpreter's lock, and",
+        "processes do not. Where a piece takes no longer than sending it, as in the database of a small model,",
+        "processes lose. One run of the model is measured on one thread in a sweep, whoever does it.",
         "",
         "Written by `benchmarks/workers.py`.",
         "",
@@ -227,8 +232,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="the table's file")
     arguments = parser.parse_args()
     sizes, load = QUICK if arguments.quick else FULL, os.getloadavg()[0]
-    ray, startup = started_ray()
-    hands = {"1 thread": LocalWorkers(1), "2 threads": LocalWorkers(2), "Ray, 2 processes": ray}
+    (processes, of_processes), (ray, of_ray) = (
+        started(make) for make in (lambda: LocalProcesses(2), lambda: RayWorkers(count=2))
+    )
+    hands = {
+        "1 thread": LocalWorkers(1),
+        "2 threads": LocalWorkers(2),
+        "2 processes": processes,
+        "Ray, 2 processes": ray,
+    }
+    startup = {"processes": of_processes, "Ray": of_ray}
     table: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
         works = Works(sizes, Path(folder))
@@ -241,7 +254,8 @@ def main() -> None:
     shown = Table(*COLUMNS)
     for row in table:
         shown.add_row(*row)
-    Console(width=120).print(shown, f"Ray started in {startup:.1f} s; load before {load:.1f}")
+    Console(width=120).print(shown, f"started in {startup} s; load before {load:.1f}")
+    processes.close()
     ray.close()
     if not arguments.quick:
         write_markdown(arguments.output, table, sizes, startup, load)

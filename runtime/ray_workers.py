@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from ..ir.errors import InputError, WorkerError
 from .thread_limit import one_blas_thread
 from .work_cache import code_version
+from .worker_process import do_piece
 from .workers import AHEAD, in_order
 
 S = TypeVar("S")
@@ -131,15 +132,9 @@ def _import_ray() -> Any:
     return ray
 
 
-_held: tuple[str, Any] = ("", None)
-"""In a worker: which shared value it has, and the value."""
-
-
 def _run(function: Callable[[Any, Any], Any], boxed: list[Any], item: Any, version: str) -> Any:
     """Do one piece in a worker."""
-    global _held
     import ray
-    import torch
 
     if version != code_version():
         return _Raised(
@@ -148,13 +143,7 @@ def _run(function: Callable[[Any, Any], Any], boxed: list[Any], item: Any, versi
                 hint="install the same on all machines of the cluster",
             )
         )
-    torch.set_num_threads(1)
-    name = boxed[0].hex()
-    if _held[0] != name:
-        _held = ("", None)  # the one before is gone before the next is fetched
-        _held = (name, ray.get(boxed[0]))
     try:
-        with one_blas_thread():
-            return function(_held[1], item)
+        return do_piece(function, boxed[0].hex(), lambda: ray.get(boxed[0]), item)
     except Exception as error:  # noqa: BLE001 — raised again where the work was asked for
         return _Raised(error)

@@ -14,6 +14,7 @@ import collections
 import concurrent.futures
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
@@ -79,9 +80,8 @@ SERIAL = Serial()
 class LocalWorkers:
     """Threads of this process.
 
-    Threads and not processes, because the work is array operations, which release the interpreter's lock, and
-    because threads read the weights where they are: a process would get a copy of each, and take seconds to
-    import what it needs. Work in many small operations gains less by it.
+    Most work is array operations, which release the interpreter's lock, and threads read the weights where
+    they are. Work in many small operations gains little by threads: see `process_workers`.
 
     Args:
         count: how many; by default one for each core that this process may use.
@@ -211,8 +211,9 @@ def opened_workers(asked: Workers | int | str | None) -> Iterator[Workers]:
     """Workers for as long as the block lasts; those that were given are not closed.
 
     Args:
-        asked: None for one thread per core; how many threads; ``"ray"``, or ``"ray://address"`` of a cluster
-            (see `ray_workers`); or workers.
+        asked: None for one thread per core; how many threads; ``"processes"`` for one per core, or
+            ``"processes:4"`` (see `process_workers`); ``"ray"``, or ``"ray://address"`` of a cluster (see
+            `ray_workers`); or workers.
 
     Raises:
         InputError: it is another text, or Ray is not installed or not reached.
@@ -234,6 +235,11 @@ def _workers_of(asked: int | str | None) -> Workers:
         return LocalWorkers(asked)
     if asked.isdecimal():
         return LocalWorkers(int(asked))
+    if asked == "processes" or re.fullmatch(r"processes:\d+", asked):
+        from .process_workers import LocalProcesses
+
+        _, _, count = asked.partition(":")
+        return LocalProcesses(int(count) if count else None)
     if asked == "ray" or asked.startswith("ray://"):
         from .ray_workers import RayWorkers
 
@@ -243,5 +249,6 @@ def _workers_of(asked: int | str | None) -> Workers:
 
 def _unknown(asked: object) -> InputError:
     return InputError(
-        f"workers: expected a number of threads, 'ray', 'ray://address' or workers, found {asked!r}"
+        f"workers: expected a number of threads, 'processes', 'processes:4', 'ray', 'ray://address' or "
+        f"workers, found {asked!r}"
     )
