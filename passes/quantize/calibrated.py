@@ -26,7 +26,7 @@ from .algorithms.rtn import RoundToNearest
 from .convolution_layers import ConvolutionPlan, patch_statistics, quantize_convolution
 from .grid import Grid
 from .kept_results import GroupResult, LayerResult
-from .layer_outcome import Rounded, Setting, layer_outcome
+from .layer_outcome import Rounded, Setting, layer_outcomes
 from .layer_plan import LayerPlan
 from .linear_layers import current_input, read_linear_weight, replace_linear
 from .quantized_weight import Floats, QuantizedWeight
@@ -205,8 +205,8 @@ class CalibratedQuantizer:
                 self.ctx.workers,
             )
             setting = Setting(self.algorithm, statistics, self.compensate_rank)
-            layers = _apart(alike, weights, together)
-            yield from zip(alike, self.ctx.workers.map(layer_outcome, setting, layers), strict=True)
+            layers = list(_apart(alike, weights, together))
+            yield from zip(alike, layer_outcomes(setting, layers, self.ctx.workers), strict=True)
 
     def _remark(self, names: str) -> Callable[[str], None]:
         return lambda reason: self.ctx.remark(names, reason)

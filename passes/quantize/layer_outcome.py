@@ -1,23 +1,23 @@
-"""What quantising one layer comes to: the residual that makes up for its error, and what errors are left."""
+"""What quantising layers comes to: the residual that makes up for an error, and what errors are left."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from ...runtime.workers import SERIAL, Workers
 from ..infrastructure.base import LayerErrors
 from .activations import Activations
 from .algorithms import Algorithm, LayerStatistics
+from .algorithms.base import slabs
 from .algorithms.gptq import GPTQ
 from .kept_results import LayerResult
 from .linear_layers import LowRank
 from .low_rank import low_rank_residual
 from .quantized_weight import Floats, QuantizedWeight
 from .weights import relative_error
-
-Doubles = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,30 +50,57 @@ class Rounded:
     activations: Activations | None
 
 
-def layer_outcome(setting: Setting, layer: Rounded) -> LayerResult:
-    """The layer with its residual and errors."""
-    weight, statistics, rank = layer.weight, setting.statistics, setting.compensate_rank
+def layer_outcomes(setting: Setting, layers: Sequence[Rounded], workers: Workers) -> Iterator[LayerResult]:
+    """The layers with their residuals and errors, in order."""
+    statistics = setting.statistics
+    covariance = None if statistics is None else statistics.covariance.astype(np.float32)
+    for layer, low_rank in zip(layers, _residuals(setting, layers, workers), strict=True):
+        weight, dequantized = layer.weight, layer.quantized.dequantized()
+        if low_rank is not None:
+            dequantized = dequantized + low_rank[0] @ low_rank[1]
+        errors = LayerErrors(
+            relative_error(weight, dequantized),
+            None if covariance is None else output_error(weight, dequantized, covariance, workers),
+        )
+        yield LayerResult(layer.quantized, low_rank, errors, layer.activations)
+
+
+def _residuals(
+    setting: Setting, layers: Sequence[Rounded], workers: Workers
+) -> Iterator[LowRank] | list[None]:
+    if setting.statistics is None or not setting.compensate_rank:
+        return [None] * len(layers)
+    return workers.map(_residual, setting, layers)
+
+
+def _residual(setting: Setting, layer: Rounded) -> LowRank:
+    weight, statistics, algorithm = layer.weight, setting.statistics, setting.algorithm
+    if statistics is None:
+        raise ValueError("a residual needs the covariance of the layer's inputs")
+    # GPTAQ's weight approximates another one on purpose: undoing that is not the residual's work.
+    aim = algorithm.aim(weight, statistics) if isinstance(algorithm, GPTQ) else weight
     dequantized = layer.quantized.dequantized()
-    low_rank: LowRank | None = None
-    if statistics is not None and rank:
-        # GPTAQ's weight approximates another one on purpose: undoing that is not the residual's work.
-        algorithm = setting.algorithm
-        aim = algorithm.aim(weight, statistics) if isinstance(algorithm, GPTQ) else weight
-        low_rank = low_rank_residual(aim, dequantized, statistics.covariance, rank)
-        dequantized = dequantized + low_rank[0] @ low_rank[1]
-    errors = LayerErrors(
-        relative_error(weight, dequantized),
-        None if statistics is None else output_error(weight, dequantized, statistics.covariance),
+    return low_rank_residual(aim, dequantized, statistics.covariance, setting.compensate_rank)
+
+
+def output_error(weight: Floats, dequantized: Floats, covariance: Floats, workers: Workers = SERIAL) -> float:
+    """‖X(W − Ŵ)‖ / ‖XW‖ for inputs of this covariance; 0 where the output is zero.
+
+    Args:
+        weight: W, [K, N].
+        dequantized: Ŵ, [K, N].
+        covariance: [K, K].
+        workers: share the columns.
+    """
+    pieces = (
+        # Copies, for sums of what lies otherwise in memory are taken in another order.
+        (weight[:, columns].copy("C"), (weight[:, columns] - dequantized[:, columns]).copy("C"))
+        for columns in slabs(weight.shape[1])
     )
-    return LayerResult(layer.quantized, low_rank, errors, layer.activations)
-
-
-def output_error(weight: Floats, dequantized: Floats, covariance: Doubles) -> float:
-    """‖X(W − Ŵ)‖ / ‖XW‖ for inputs of this covariance; 0 where the output is zero."""
-    root = np.sqrt(max(_energy(weight, covariance), 0))
-    difference = np.sqrt(max(_energy(weight - dequantized, covariance), 0))
+    energies = np.sum(list(workers.map(_energies, covariance, pieces)), axis=0)
+    root, difference = np.sqrt(np.maximum(energies, 0))
     return float(difference / root) if root else 0.0
 
 
-def _energy(matrix: Floats, covariance: Doubles) -> float:
-    return float(np.einsum("kn,kn->", covariance.astype(np.float32) @ matrix, matrix))
+def _energies(covariance: Floats, matrices: tuple[Floats, Floats]) -> list[float]:
+    return [float(np.einsum("kn,kn->", covariance @ matrix, matrix)) for matrix in matrices]

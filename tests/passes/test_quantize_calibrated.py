@@ -316,8 +316,10 @@ def test_activations_on_a_grid_per_token():
     np.testing.assert_allclose(clipped, [[1, -4, 3, 0], [0, 0, 0, 0]])
 
 
-def test_the_output_error_is_that_of_the_outputs():
+@pytest.mark.parametrize("columns", [5, 700])  # one slab, and two
+def test_the_output_error_is_that_of_the_outputs(columns):
     x = RNG.standard_normal((100, K))
-    weight, other = RNG.standard_normal((2, K, 5)).astype(np.float32)
+    weight, other = RNG.standard_normal((2, K, columns)).astype(np.float32)
     expected = np.linalg.norm(x @ (weight - other)) / np.linalg.norm(x @ weight)
     assert output_error(weight, other, x.T @ x / 100) == pytest.approx(expected, rel=1e-5)
+    assert output_error(np.zeros_like(weight), other, x.T @ x / 100) == 0
