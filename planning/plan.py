@@ -24,12 +24,10 @@ from .layers import AlikeLayers, alike_layers
 from .made_up_data import made_up_data
 from .order import advice
 from .quantities import Quantities
-from .rehearsal import Rehearsal, rehearse
+from .rehearsal import Progress, Rehearsal, rehearse
 from .task import Task, phase_of
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
-Progress = Any
-"""Wraps a sequence of small compilations, and shows how far they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,12 +73,16 @@ class Corner:
     more: bool
 
 
+Progress = Callable[[Sequence[Corner]], Iterator[Corner]]
+"""Gives the small compilations one after the other, and shows how far they are."""
+
+
 def rehearse(
     model: ir.Model,
     layers: Sequence[AlikeLayers],
     task: Task,
     *,
-    progress: Callable[[Sequence[Corner]], Iterator[Corner]],
+    progress: Progress,
     spill_from: int | None = None,
 ) -> Rehearsal:
     """Compile small parts of a model and say what the whole will do and cost.
