@@ -6,6 +6,7 @@ stays in the cache of a core.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from ...codegen.torch_fx.tensors import from_array
 from ...ir import release
 from ...ir.errors import PassError
-from .grid import Grid, fit, in_blocks, nearest_codes
+from .grid import Format, Grid, fit, in_blocks, nearest_codes, round_to_grid
 from .quantized_weight import Floats, QuantizedWeight
 
 _NUMBERS_AT_ONCE = 1 << 19
@@ -41,14 +42,46 @@ def round_weight(weight: ir.Value, grid: Grid, *, transposed: bool = False) -> t
     if tensor is None:
         raise PassError(f"quantize: weight {weight.name!r} is not constant")
     values = tensor.numpy().T if transposed else tensor.numpy()
-    rows, columns = values.shape
-    width = max(1, _NUMBERS_AT_ONCE // rows)
-    rounded = _Rounded((rows, columns), grid)
-    for start in range(0, columns, width):
-        part = slice(start, min(start + width, columns))
+    rounded = _Rounded(values.shape, grid)
+    for part in _parts(values):
         rounded.fill(part, _round_part(str(weight.name), grid, values[:, part]))
     release(tensor)
-    return rounded.result(), float(np.sqrt(rounded.error / rounded.energy)) if rounded.energy else 0.0
+    return rounded.result(), _relative(rounded.error, rounded.energy)
+
+
+def rounding_error(weight: npt.NDArray[Any], grid: Format, *, name: str = "") -> float:
+    """‖W − Ŵ‖ / ‖W‖ of a weight [K, N] rounded to nearest.
+
+    Args:
+        weight: in any float type.
+        grid: of each column or block of one.
+        name: of the weight, for errors.
+
+    Raises:
+        PassError: the weight holds NaN or an infinity.
+    """
+    error = energy = 0.0
+    for part in _parts(weight):
+        if isinstance(grid, Grid):
+            _, part_error, part_energy = _round_part(name, grid, weight[:, part])
+        else:
+            values = weight[:, part].astype(np.float32)
+            difference = round_to_grid(values, *fit(values, grid), grid).dequantized() - values
+            part_error, part_energy = (float(np.square(each).sum()) for each in (difference, values))
+        error, energy = error + part_error, energy + part_energy
+    return _relative(error, energy)
+
+
+def _parts(values: npt.NDArray[Any]) -> Iterator[slice]:
+    """A few columns at a time."""
+    rows, columns = values.shape
+    width = max(1, _NUMBERS_AT_ONCE // max(1, rows))
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
+
+
+def _relative(error: float, energy: float) -> float:
+    return float(np.sqrt(error / energy)) if energy else 0.0
 
 
 _Part = tuple[QuantizedWeight, float, float]

@@ -19,9 +19,8 @@ import onnx_ir as ir
 from ...codegen.target import Target
 from ...ir import ops, release
 from ...ir.views import linears
-from ..quantize.grid import fit, round_to_grid
 from ..quantize.scheme import Scheme
-from ..quantize.weights import relative_error
+from ..quantize.streamed import rounding_error
 from .change import Change, Online
 from .probes import Effect, Probe
 
@@ -105,13 +104,13 @@ class Judge:
 
     def _weight_error(self, tensor: ir.TensorProtocol) -> float:
         """Of a weight rounded to nearest; in one group per channel where the group size does not divide."""
-        weight = tensor.numpy().astype(np.float32)
-        release(tensor)
-        scheme = self._scheme
+        weight, scheme = tensor.numpy(), self._scheme
         if scheme.group_size > 0 and len(weight) % scheme.group_size:
             scheme = dataclasses.replace(scheme, group_size=-1)
         grid = scheme.grid(ir.DataType.FLOAT, clip=False, limit_pairs=False)
-        return relative_error(weight, round_to_grid(weight, *fit(weight, grid), grid).dequantized())
+        error = rounding_error(weight, grid, name=str(tensor.name))
+        release(tensor)
+        return error
 
     def _cost(self, change: Change) -> float | None:
         transforms = [self._seconds(online) for online in change.online]

@@ -8,6 +8,7 @@ from planish.ir.errors import PassError
 from planish.passes.quantize import streamed
 from planish.passes.quantize.algorithms.rtn import round_to_nearest
 from planish.passes.quantize.grid import Grid
+from planish.passes.quantize.scheme import parse_scheme
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,19 @@ def test_the_parts_are_the_whole(dtype, transposed, options):
     assert found.bits == expected.bits
     exact = np.linalg.norm(wide - expected.dequantized()) / np.linalg.norm(wide)
     assert error == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("scheme", ["W4A16", "W3A16", "NF4", "MXFP4", "FP8"])
+def test_the_error_alone_is_that_of_the_whole(dtype, scheme):
+    weight = np.random.default_rng(0).standard_normal((64, 97)).astype(dtype)
+    grid = parse_scheme(scheme, 32 if scheme.startswith("W") else None).grid(
+        ir.DataType.FLOAT, clip=False, limit_pairs=False
+    )
+    wide = weight.astype(np.float32)
+    exact = np.linalg.norm(wide - round_to_nearest(wide, grid).dequantized()) / np.linalg.norm(wide)
+    assert streamed.rounding_error(weight, grid) == pytest.approx(exact, rel=1e-5)
+    assert streamed.rounding_error(np.zeros((64, 97), dtype), grid) == 0
 
 
 def test_zeros_have_no_error():
