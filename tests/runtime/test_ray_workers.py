@@ -1,6 +1,7 @@
 """A local Ray cluster of two processes gives the bytes of a run without it, and survives lost workers."""
 
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from planish.runtime.workers import SERIAL, LocalWorkers, opened_workers
 from worker_cases import ALGORITHMS, PASSES, compiled, solved
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'planish[ray]'")
+two_machines = pytest.importorskip("two_machines")
 pytestmark = pytest.mark.slow
 
 
@@ -101,6 +103,17 @@ def test_a_cluster_that_was_there_before_is_used_and_left_alone(cluster):
         assert list(found.map(worker_tasks.scaled, 2, range(3))) == [0, 2, 4]
     assert ray.is_initialized()
     assert list(cluster.map(worker_tasks.scaled, 3, range(3))) == [0, 3, 6]
+
+
+@pytest.mark.exhaustive
+def test_a_cluster_of_two_nodes_is_reached_by_its_address_and_may_lose_one():
+    """In a process of its own, which is on no other cluster."""
+    program = two_machines.__file__
+    done = subprocess.run([sys.executable, program], check=True, capture_output=True, text=True)
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert found["count"] == "2"
+    assert found["gptq"] == two_machines.digest(solved("gptq", SERIAL))
+    assert found["survived"] == str([3 * number for number in range(12)])
 
 
 def test_what_is_missing_is_said(monkeypatch):
