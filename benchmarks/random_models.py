@@ -17,7 +17,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import random_blocks as blocks
+import random_images as images
+import random_layers as layers
 from onnx import TensorProto, numpy_helper
+from random_attention import attention
 from random_blocks import Block
 from random_graphs import Dims, GraphMaker, Input, Tensor
 
@@ -44,14 +47,14 @@ VOCABULARY = 40
 OPSETS = (23, 23, 23, 23, 22, 21, 20, 18, 17)
 
 _ANYWHERE: tuple[Block, ...] = (
-    blocks.no_op, blocks.no_op, blocks.activation, blocks.dead, blocks.hidden_output, blocks.function,
+    blocks.no_op, blocks.no_op, layers.activation, blocks.dead, blocks.hidden_output, blocks.function,
     blocks.branches, blocks.loop, blocks.in_half,
 )  # fmt: skip
-_OF_TOKENS: tuple[Block, ...] = (blocks.residual,) * 12 + (blocks.shuffle, blocks.norm, *_ANYWHERE)
+_OF_TOKENS: tuple[Block, ...] = (blocks.residual,) * 12 + (blocks.shuffle, layers.norm, *_ANYWHERE)
 _OF_IMAGES: tuple[Block, ...] = (
-    (blocks.convolution,) * 4
-    + (blocks.convolutional_residual, blocks.inverted_residual) * 2
-    + (blocks.pooling, blocks.enlarging, blocks.channels_moved, blocks.hidden_output, blocks.dead)
+    (images.convolution,) * 4
+    + (images.convolutional_residual, images.inverted_residual) * 2
+    + (images.pooling, images.enlarging, images.channels_moved, blocks.hidden_output, blocks.dead)
 )
 _OF_ROWS: tuple[Block, ...] = (
     (blocks.row_block,) * 5 + (blocks.residual,) * 3 + (blocks.row_products, blocks.shuffle, *_ANYWHERE)
@@ -174,7 +177,7 @@ def _tokens(m: GraphMaker, drawn: _Blocks) -> list[str]:
         if not m.memory["is_causal"] and m.chance(0.5):
             m.input("attention_mask", dims, "mask")
         x, names = drawn.apply(m, x, _OF_TOKENS)
-        x = blocks.norm(m, x) if m.chance(0.6) else x
+        x = layers.norm(m, x) if m.chance(0.6) else x
     _finish_tokens(m, x, table)
     return names
 
@@ -187,13 +190,13 @@ def _finish_tokens(m: GraphMaker, x: Tensor, table: Tensor | None) -> None:
         return
     if what == "pooled":
         first = m.reduce("Mean", x, 1, keepdims=False)
-        m.outputs.append(blocks.linear(m, first, 5, name="classifier"))
+        m.outputs.append(layers.linear(m, first, 5, name="classifier"))
         return
     if table is not None and table.dims[1] == x.size and m.chance(0.5):
         turned = m.transpose(table, 1, 0)
         logits = m.op("MatMul", x, turned, dims=(*x.dims[:-1], VOCABULARY))
     else:
-        logits = blocks.linear(m, x, VOCABULARY, name="lm_head", bias=False)
+        logits = layers.linear(m, x, VOCABULARY, name="lm_head", bias=False)
     m.outputs.append(m.renamed(logits, "logits"))
 
 
@@ -206,13 +209,13 @@ def _decoder(m: GraphMaker, drawn: _Blocks) -> list[str]:
         m.input("attention_mask", ("batch", "total"), "mask")
         m.input("position_ids", dims, "positions")
         with m.scope("first"):
-            x = m.op("Add", x, blocks.attention(m, blocks.norm(m, x)))
+            x = m.op("Add", x, attention(m, layers.norm(m, x)))
         x, names = drawn.apply(m, x, _OF_TOKENS)
-        x = blocks.norm(m, x)
+        x = layers.norm(m, x)
     if m.chance(0.5):
         logits = m.op("MatMul", x, m.transpose(table, 1, 0), dims=(*dims, VOCABULARY))
     else:
-        logits = blocks.linear(m, x, VOCABULARY, name="lm_head", bias=False)
+        logits = layers.linear(m, x, VOCABULARY, name="lm_head", bias=False)
     m.outputs.append(m.renamed(logits, "logits"))
     for name, present in m.memory["presents"]:
         m.outputs.append(m.renamed(present, name))
@@ -224,14 +227,14 @@ def _image(m: GraphMaker, drawn: _Blocks) -> list[str]:
     size = m.pick(8, 12, 16, 9)
     x = m.input("pixel_values", (m.pick("batch", "batch", 1), m.pick(1, 3, 4), size, size), "normal")
     with m.scope("stem"):
-        x = blocks.convolution(m, x)
+        x = images.convolution(m, x)
     x, names = drawn.apply(m, x, _OF_IMAGES)
     match m.pick("rows", "rows", "tokens", "image"):
         case "rows":
-            m.outputs.append(blocks.linear(m, blocks.image_to_rows(m, x), 5, name="classifier"))
+            m.outputs.append(layers.linear(m, images.image_to_rows(m, x), 5, name="classifier"))
         case "tokens":
             with m.scope("encoder"):
-                x = blocks.linear(m, blocks.image_to_tokens(m, x), 16)
+                x = layers.linear(m, images.image_to_tokens(m, x), 16)
                 m.outputs.append(blocks.residual(m, x))
         case _:
             m.outputs.append(m.op("Tanh", x))
@@ -242,7 +245,7 @@ def _rows(m: GraphMaker, drawn: _Blocks) -> list[str]:
     """A network of plain layers."""
     x = m.input("features", (m.pick("batch", "batch", 3), m.pick(7, 12, 16, 24)), "normal")
     x, names = drawn.apply(m, x, _OF_ROWS)
-    m.outputs.append(blocks.linear(m, x, m.pick(1, 3, 8), name="head"))
+    m.outputs.append(layers.linear(m, x, m.pick(1, 3, 8), name="head"))
     return names
 
 
