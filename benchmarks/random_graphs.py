@@ -1,8 +1,8 @@
 """Building random ONNX graphs: a maker of nodes that spells the same thing in many ways.
 
-`random_layers`, `random_attention`, `random_images` and `random_blocks` have the parts of networks, `random_models`
-puts them together. All that is drawn comes from one generator, so that a seed is all that is needed to have the
-same graph again.
+`random_layers`, `random_attention`, `random_images` and `random_blocks` have the parts of networks,
+`random_models` puts them together. All that is drawn comes from one generator, so that a seed is all that is
+needed to have the same graph again.
 """
 
 from __future__ import annotations
