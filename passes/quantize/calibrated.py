@@ -173,14 +173,15 @@ class CalibratedQuantizer:
             group = [dataclasses.replace(plan, activations=static) for plan in group]
         if covariance is None:
             return group, None
-        if not np.isfinite(covariance.mean).all():
+        mean = covariance.mean
+        if not np.isfinite(mean).all():
             raise PassError(
                 f"quantize: tensor {x!r}, the input of {first.linear.name!r}, is not finite on the "
                 "calibration data, or its squares are not",
                 hint="look at the data and at the model's weights, or leave the layer out with ignore=",
             )
         return group, LayerStatistics(
-            covariance.mean, None if prefix_error is None else prefix_error.mean, covariance.tokens
+            mean, None if prefix_error is None else prefix_error.mean, covariance.tokens
         )
 
     def _results(

@@ -53,7 +53,8 @@ def curvature(
         damped = covariance[np.ix_(backwards, backwards)]
         np.fill_diagonal(damped, np.diag(damped) + share * unit)
         try:
-            root = scipy.linalg.cholesky(damped, lower=True, overwrite_a=True)[::-1, ::-1]
+            # Transposed, which is the same matrix, it lies as LAPACK wants it and is overwritten.
+            root = scipy.linalg.cholesky(damped.T, lower=True, overwrite_a=True)[::-1, ::-1]
         except (scipy.linalg.LinAlgError, ValueError):
             continue
         if share > damp:

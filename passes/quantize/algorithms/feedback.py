@@ -32,19 +32,21 @@ def round_with_feedback(
         fits_groups: fit each group's grid to its updated rows; the order must be the natural one.
     """
     order, root = curvature.order, curvature.root
-    feedback = root / np.diag(root)
+    diagonal = np.diag(root)
     target = rounding.target[order]
     errors = np.zeros_like(target)
     step = rounding.group_size if fits_groups else block_size
     for start in range(0, len(order), step):
         block = slice(start, min(start + step, len(order)))
-        updated = target[block] + feedback[:start, block].T @ errors[:start]
+        # Of these columns only: the whole would be as large as H, once for each worker.
+        feedback = root[: block.stop, block] / diagonal[block]
+        updated = target[block] + feedback[:start].T @ errors[:start]
         if fits_groups:
             part = root[block, block]
-            expected = target[block] + _passed_on(feedback[block, block], updated - target[block])
+            expected = target[block] + _passed_on(feedback[start:], updated - target[block])
             rounding.fit_group(start // step, expected, part @ part.T)
         for row in range(start, block.stop):
-            value = updated[row - start] + feedback[start:row, row] @ errors[start:row]
+            value = updated[row - start] + feedback[start:row, row - start] @ errors[start:row]
             errors[row] = target[row] - rounding.round_row(int(order[row]), value)
 
 
