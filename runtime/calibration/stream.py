@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ...ir.errors import InputError
+from ...ir.external import release
 from ...ir.walk import values_read
 from ..session import open_session, run_session, serialize_sharing_weights
 from .data import CalibrationData, Feeds, token_mask
@@ -105,15 +106,16 @@ class ActivationStream:
             self._kept[index] = {name: known[name] for name in piece.kept}
             yield Tap(feeds, {name: known[name] for name in names})
         self._done |= set(piece.nodes)
-        if self._releases_weights:
-            self._release(piece.nodes)
+        self._release(piece.nodes)
 
     def _release(self, nodes: Sequence[ir.Node]) -> None:
+        """Let go of the weights that were read, in memory or, if they are not needed any more, as a whole."""
         # What is computed again at every piece, a norm of the embeddings say, keeps its weights.
         finished = {node for node in self._done if node.outputs[0].name not in self._again}
-        weights = {value for node in nodes for value in node.inputs if value is not None}
-        for value in weights:
-            if value.is_initializer() and all(use.node in finished for use in value.uses()):
+        inputs = {value for node in nodes for value in node.inputs if value is not None}
+        for value in (value for value in inputs if value.is_initializer()):
+            release(value.const_value)
+            if self._releases_weights and all(use.node in finished for use in value.uses()):
                 value.const_value = None
 
 

@@ -155,6 +155,9 @@ class _Slab:
         return cls(target[part].copy("C"), fixed)
 
 
+_COLUMNS_TO_FIT = 128
+"""At a time."""
+
 _Solved = tuple[Floats, Floats, Floats | None, npt.NDArray[np.float16]]
 """Codes, scale, zero point, values of the kept weights, row by row."""
 
@@ -165,7 +168,7 @@ def _solved(shared: tuple[GPTQ, Format, Curvature], slab: _Slab) -> _Solved:
     fixed, kept = slab.fixed, None
     if fixed is None:
         metric = curvature.covariance if grid.block_size else None
-        scale, zero = fit(slab.target.astype(np.float32), grid, covariance=metric)
+        scale, zero = _fitted(slab.target, grid, metric)
     else:
         scale, zero, kept = fixed.scale.copy(), fixed.zero.copy(), fixed.kept
     rounding = Rounding(grid, slab.target, scale, zero, kept)
@@ -176,3 +179,14 @@ def _solved(shared: tuple[GPTQ, Format, Curvature], slab: _Slab) -> _Solved:
     descend(rounding, curvature, sweeps=settings.sweeps, refits_scales=grid.clip and fixed is None)
     values = np.zeros(0) if kept is None else rounding.dequantized[kept]
     return rounding.codes.astype(np.float32), rounding.scale, rounding.zero, values.astype(np.float16)
+
+
+def _fitted(target: Doubles, grid: Format, metric: Doubles | None) -> tuple[Floats, Floats | None]:
+    """Grids for a target [K, N], a few columns at a time: trying a range takes several copies of them."""
+    scales, zeros = [], []
+    for start in range(0, target.shape[1], _COLUMNS_TO_FIT):
+        columns = target[:, start : start + _COLUMNS_TO_FIT].astype(np.float32)
+        scale, zero = fit(columns, grid, covariance=metric)
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return np.concatenate(scales, axis=1), np.concatenate(zeros, axis=1) if zeros else None
