@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,8 @@ _SAMPLES = 20
 """Of the memory, per second."""
 _ROUND = "canonicalize,fuse,quantize{scheme=W4A16,clip=false,ignore=[]}"
 _GPTQ = "canonicalize,fuse,fold-norms,rotate,quantize{scheme=W4A16,algorithm=gptq,sweeps=0}"
+_UNDISTURBED = 0.1
+"""The part of all cores that others may have; the sampling of memory has some of it."""
 CASES = {
     "0.1B": [_ROUND, _GPTQ],
     "1.3B": [_GPTQ],
@@ -52,12 +55,14 @@ class Measured:
         seconds: from start to end, the interpreter's own included.
         resident, anonymous: the largest of the process, in bytes.
         written: bytes of what it wrote.
+        others: the part of all cores that other processes, or other machines of the host, had meanwhile.
     """
 
     seconds: float
     resident: int
     anonymous: int
     written: int
+    others: float
 
 
 def compile_apart(model: Path, passes: str, output: Path) -> Measured:
@@ -66,7 +71,7 @@ def compile_apart(model: Path, passes: str, output: Path) -> Measured:
     Raises:
         SystemExit: it fails.
     """
-    began = time.perf_counter()
+    began, busy, own = time.perf_counter(), _busy_seconds(), _seconds_of_children()
     process = subprocess.Popen([sys.executable, "-c", _WORKER, str(model), passes, str(output)])
     resident = anonymous = 0
     while process.poll() is None:
@@ -76,7 +81,19 @@ def compile_apart(model: Path, passes: str, output: Path) -> Measured:
     if process.returncode:
         sys.exit(f"{model}: {passes} failed")
     seconds = time.perf_counter() - began
-    return Measured(seconds, resident, anonymous, _bytes(output))
+    others = _busy_seconds() - busy - (_seconds_of_children() - own)
+    return Measured(seconds, resident, anonymous, _bytes(output), others / seconds / (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """That cores were not idle since the machine started, all of them together."""
+    user, nice, system, _, _, *more = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK")
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _memory(process: int) -> dict[str, int]:
@@ -116,8 +133,9 @@ def rows(name: str, folder: Path) -> list[str]:
     for passes in CASES[name]:
         output = folder / "out.onnx"
         found = compile_apart(model, passes, output)
+        seconds = f"{found.seconds:.0f}{' *' if found.others > _UNDISTURBED else ''}"
         lines.append(
-            f"| {name} | {size / 1e9:.2f} | `{passes}` | {found.written / 1e9:.2f} | {found.seconds:.0f} "
+            f"| {name} | {size / 1e9:.2f} | `{passes}` | {found.written / 1e9:.2f} | {seconds} "
             f"| {copied:.0f} | {size / found.seconds / 1e9:.3f} | {found.seconds / copied:.1f} "
             f"| {found.resident / 1e9:.2f} | {found.anonymous / 1e9:.2f} |"
         )
@@ -153,7 +171,7 @@ def main() -> None:
         "",
         f"`python benchmarks/scale.py`; {os.cpu_count()} cores. Decoders of Llama's shapes in float16; "
         "target onnxruntime-cpu. A copy is that of the input, written through to the disk. "
-        "The lines of a shape are of one run.",
+        "The lines of a shape are of one run. \\* Other work ran beside it.",
         "",
         "| shape | GB | passes | GB after | s | copy, s | GB/s | × copy | resident | anonymous |",
         "|---|---|---|---|---|---|---|---|---|---|",
