@@ -319,7 +319,7 @@ def test_bisect_finds_the_pass_by_tolerance_and_by_a_program(model, tmp_path):
         (("--check", "contract", "--size", "batch=1"), "the model has no dimension 'batch'"),
         (("--check", "contract", "--size", "batch_size"), "expected name=length"),
         (("--calibration", "missing.npz"), "missing.npz: cannot be read as inputs"),
-        (("--workers", "many"), "workers: expected a number of threads, 'ray', 'ray://address' or workers"),
+        (("--workers", "many"), "workers: expected a number of threads, 'processes', 'processes:4', 'ray', "),
         (("--workers", "0"), "workers: expected a positive number, found 0"),
     ],
 )
