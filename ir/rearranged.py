@@ -37,16 +37,22 @@ class TransposedTensor(DerivedTensor):
         return ir.Tensor(self.source.numpy().transpose(self.permutation), dtype=self.dtype, name=self.name)
 
 
-def concatenated(parts: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
-    """The tensors one after the other along ``axis``."""
-    shape = list(_shape(parts[0]))
-    shape[axis] = sum(_shape(part)[axis] for part in parts)
-    dtype = parts[0].dtype
+class JoinedTensor(DerivedTensor):
+    """Tensors one after the other, copied when it is read.
 
-    def read() -> ir.TensorProtocol:
-        return ir.Tensor(_joined(parts, shape, axis), dtype=dtype)
+    Attributes:
+        parts: the tensors.
+        axis: along which they follow each other.
+    """
 
-    return DerivedTensor(read, parts, dtype=dtype, shape=shape)
+    def __init__(self, parts: Sequence[ir.TensorProtocol], axis: int) -> None:
+        self.parts, self.axis = tuple(parts), axis
+        shape = list(_shape(parts[0]))
+        shape[axis] = sum(_shape(part)[axis] for part in parts)
+        super().__init__(self._read, parts, dtype=parts[0].dtype, shape=shape)
+
+    def _read(self) -> ir.TensorProtocol:
+        return ir.Tensor(_joined(self.parts, _shape(self), self.axis), dtype=self.dtype)
 
 
 def _joined(parts: Sequence[ir.TensorProtocol], shape: Sequence[int], axis: int) -> npt.NDArray[Any]:

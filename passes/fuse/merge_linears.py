@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.rearranged import concatenated
+from ...ir.rearranged import JoinedTensor
 from ..canonicalize.graph_edits import is_op
 from ..infrastructure.rewriter import Replacement, Rule, missed
 
@@ -142,7 +142,7 @@ def _merge(x: ir.Value, branches: Sequence[Branch]) -> bool:
     # Behind the producer of x: there the product is before all that read any of the branches.
     replacement = Replacement(first.product, after=x)
     weight = replacement.initializer(
-        f"{name}.weight", concatenated([_tensor(branch.weight) for branch in branches], axis=1)
+        f"{name}.weight", JoinedTensor([_tensor(branch.weight) for branch in branches], axis=1)
     )
     product = replacement.node("MatMul", [x, weight])
     for metadata in (weight.metadata_props, product.metadata_props):
@@ -175,7 +175,7 @@ def _merged_bias(branches: Sequence[Branch]) -> ir.TensorProtocol:
         _tensor(branch.bias) if branch.bias is not None else ir.tensor(np.zeros(branch.width, dtype.numpy()))
         for branch in branches
     ]
-    return concatenated(parts, axis=0)
+    return JoinedTensor(parts, axis=0)
 
 
 def merged_name(names: Iterable[str]) -> str:

@@ -27,8 +27,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
+from ...codegen.torch_fx.tensors import DTYPES
 from .quantized_weight import Floats, QuantizedWeight
 
 Doubles = npt.NDArray[np.float64]
@@ -122,10 +124,7 @@ class Grid:
 
     def trials(self, blocks: Floats, factors: Sequence[float]) -> Iterator[tuple[Floats, Floats | None]]:
         """The covering grid; ranges smaller by ``factors``, with the zero points beside; pairs that fit."""
-        # torch's reductions along an inner axis take a seventh of the time of numpy's.
-        tensor = torch.from_numpy(blocks)
-        lowest = _ordered_as(blocks, tensor.amin(1).numpy())
-        highest = _ordered_as(blocks, tensor.amax(1).numpy())
+        lowest, highest = _extremes(blocks)
         if self.symmetric:
             widest: Floats = np.maximum(-lowest, highest)
         else:
@@ -157,15 +156,31 @@ class Grid:
     def codes(self, values: Any, scale: Any, zero: Any) -> Any:
         """clamp(round(values / scale) + zero)."""
         if values.ndim > 1:
-            # torch goes through memory once for numpy's two times, and with all its threads.
-            codes = torch.from_numpy(values).div(torch.from_numpy(scale)).round_()
-            if zero is not None:
-                codes += torch.from_numpy(zero)
-            return codes.clamp_(self.lowest, self.highest).numpy()
+            zeros = None if zero is None else torch.from_numpy(zero)
+            return self.codes_into(None, torch.from_numpy(values), torch.from_numpy(scale), zeros).numpy()
         integers = np.rint(values / scale)
         if zero is not None:
             integers += zero
         return np.clip(integers, self.lowest, self.highest, out=integers)
+
+    def codes_into(
+        self,
+        codes: torch.Tensor | None,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same of more than one dimension: torch takes less memory traffic than numpy, and all cores.
+
+        Args:
+            codes: where to put them, or None for new memory.
+            values: what is rounded.
+            scale, zero: broadcast against the values.
+        """
+        codes = torch.div(values, scale, out=codes).round_()
+        if zero is not None:
+            codes += zero
+        return codes.clamp_(self.lowest, self.highest)
 
     def values(self, codes: Any, scale: Any, zero: Any) -> Any:
         """(codes − zero) · scale."""
@@ -184,7 +199,7 @@ class Grid:
         integers = torch.from_numpy(codes).to(torch.int8 if self.symmetric else torch.uint8).numpy()
         return QuantizedWeight(
             integers,
-            scale.astype(self.scale_dtype),
+            narrowed(scale, self.scale_dtype),
             None if zero is None else zero.astype(dtype),
             self.bits,
         )
@@ -192,8 +207,24 @@ class Grid:
 
 def storable_floats(scale: npt.NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> Floats:
     """``scale`` rounded to a float type, subnormal ones raised to the smallest normal; 1 instead of 0."""
-    stored = np.maximum(scale, _SMALLEST_NORMAL[dtype.name]).astype(dtype).astype(np.float32)
+    stored = np.maximum(scale, _SMALLEST_NORMAL[dtype.name])
+    if stored.dtype == np.float32:  # of float64 torch makes 16 bits in two steps
+        stored = _narrowed(stored, dtype).float().numpy()
+    else:
+        stored = stored.astype(dtype).astype(np.float32)
     return np.where(scale > 0, stored, np.float32(1))
+
+
+def narrowed(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """``values`` rounded to a float type, in the order that memory has."""
+    result = _narrowed(values, dtype)
+    # numpy knows bfloat16 through an extension, of which torch does not know.
+    return result.numpy() if result.dtype != torch.bfloat16 else result.view(torch.int16).numpy().view(dtype)
+
+
+def _narrowed(values: Floats, dtype: np.dtype[Any]) -> torch.Tensor:
+    """By torch: numpy has no vector instructions for 16 bits."""
+    return torch.from_numpy(values).to(DTYPES[ir.DataType.from_numpy(dtype)])
 
 
 def fit(
@@ -240,7 +271,7 @@ def nearest_codes(blocks: Floats, scale: Floats, zero: Floats | None, grid: Form
     """Codes of ``blocks`` [blocks, B, N], pairs within their limit if the grid has one."""
     codes: Floats = grid.codes(blocks, scale[:, None], None if zero is None else zero[:, None])
     if grid.limit_pairs:
-        _limit_pairs(codes)
+        limit_pairs(codes)
     return codes
 
 
@@ -251,12 +282,18 @@ def in_blocks(weight: Floats, grid: Format) -> Floats:
     return weight.reshape(rows // block_size, block_size, columns)
 
 
-def _ordered_as(blocks: Floats, grids: Floats) -> Floats:
-    """``grids`` [blocks, N] in memory as ``blocks`` [blocks, B, N] are, columns first or not.
+def _extremes(blocks: Floats) -> tuple[Floats, Floats]:
+    """The smallest and the largest [blocks, N] of ``blocks`` [blocks, B, N].
 
-    Arithmetic of the two runs along memory then, and its results are in that order, too.
+    They are in memory as the blocks are, columns first or not: arithmetic of the two runs along memory then,
+    and its results are in that order, too.
     """
-    return np.asarray(grids, order="F" if blocks.strides[1] < blocks.strides[2] else "C")
+    # torch's reductions along an inner axis take a seventh of the time of numpy's.
+    if blocks.strides[1] < blocks.strides[2]:
+        columns_first = torch.from_numpy(blocks).permute(2, 0, 1)
+        return columns_first.amin(2).numpy().T, columns_first.amax(2).numpy().T
+    tensor = torch.from_numpy(blocks)
+    return tensor.amin(1).numpy(), tensor.amax(1).numpy()
 
 
 def _diagonal_blocks(covariance: Doubles, size: int) -> Floats:
@@ -294,8 +331,12 @@ def _pair_sums(blocks: Floats) -> Floats:
     return same_sign
 
 
-def _limit_pairs(integers: Floats) -> None:
-    """Take half of what exceeds the limit from each of two adjacent rows of the same sign, in place."""
+def limit_pairs(integers: Floats) -> None:
+    """Take half of what exceeds the limit from each of two adjacent rows of the same sign, in place.
+
+    Args:
+        integers: [blocks, B, N].
+    """
     even, odd = integers[:, 0 : integers.shape[1] // 2 * 2 : 2], integers[:, 1::2]
     excess = np.where(even * odd > 0, np.maximum(np.abs(even + odd) - PAIR_LIMIT, 0), 0)
     sign = np.sign(even)

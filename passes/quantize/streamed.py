@@ -6,7 +6,7 @@ stays in the cache of a core.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from ...codegen.torch_fx.tensors import from_array
 from ...ir import release
 from ...ir.errors import PassError
-from .grid import Format, Grid, fit, in_blocks, nearest_codes, round_to_grid
+from ...ir.rearranged import JoinedTensor
+from .grid import Format, Grid, fit, limit_pairs, narrowed, round_to_grid
 from .quantized_weight import Floats, QuantizedWeight
 
 _NUMBERS_AT_ONCE = 1 << 19
@@ -41,12 +42,18 @@ def round_weight(weight: ir.Value, grid: Grid, *, transposed: bool = False) -> t
     tensor = weight.const_value
     if tensor is None:
         raise PassError(f"quantize: weight {weight.name!r} is not constant")
-    values = tensor.numpy().T if transposed else tensor.numpy()
-    rounded = _Rounded(values.shape, grid)
-    for part in _parts(values):
-        rounded.fill(part, _round_part(str(weight.name), grid, values[:, part]))
-    release(tensor)
-    return rounded.result(), _relative(rounded.error, rounded.energy)
+    rows, columns = tensor.shape.numpy()[::-1] if transposed else tensor.shape.numpy()
+    rounding, rounded = _Rounding((rows, columns), grid, str(weight.name)), _Rounded((rows, columns), grid)
+    start = 0
+    for source in _side_by_side(tensor, 0 if transposed else 1):
+        values = source.numpy().T if transposed else source.numpy()
+        for part in _parts(values):
+            piece = rounding.codes(values[:, part])
+            rounded.fill(slice(start + part.start, start + part.stop), *piece)
+            rounding.count(*piece)
+        start += values.shape[1]
+        release(source)
+    return rounded.result(), rounding.error
 
 
 def rounding_error(weight: npt.NDArray[Any], grid: Format, *, name: str = "") -> float:
@@ -60,90 +67,122 @@ def rounding_error(weight: npt.NDArray[Any], grid: Format, *, name: str = "") ->
     Raises:
         PassError: the weight holds NaN or an infinity.
     """
+    if isinstance(grid, Grid):
+        rounding = _Rounding(weight.shape, grid, name)
+        for part in _parts(weight):
+            rounding.count(*rounding.codes(weight[:, part]))
+        return rounding.error
     error = energy = 0.0
     for part in _parts(weight):
-        if isinstance(grid, Grid):
-            _, part_error, part_energy = _round_part(name, grid, weight[:, part])
-        else:
-            values = weight[:, part].astype(np.float32)
-            difference = round_to_grid(values, *fit(values, grid), grid).dequantized() - values
-            part_error, part_energy = (float(np.square(each).sum()) for each in (difference, values))
-        error, energy = error + part_error, energy + part_energy
+        values = weight[:, part].astype(np.float32)
+        difference = round_to_grid(values, *fit(values, grid), grid).dequantized() - values
+        error, energy = error + float(np.square(difference).sum()), energy + float(np.square(values).sum())
     return _relative(error, energy)
+
+
+def _side_by_side(tensor: ir.TensorProtocol, axis: int) -> Sequence[ir.TensorProtocol]:
+    """What a tensor joins along ``axis``: to read it as a whole copies it."""
+    return tensor.parts if isinstance(tensor, JoinedTensor) and tensor.axis == axis else [tensor]
 
 
 def _parts(values: npt.NDArray[Any]) -> Iterator[slice]:
     """A few columns at a time."""
-    rows, columns = values.shape
-    width = max(1, _NUMBERS_AT_ONCE // max(1, rows))
+    columns, width = values.shape[1], _width(values.shape)
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    rows, columns = shape
+    return min(columns, max(1, _NUMBERS_AT_ONCE // max(1, rows)))
 
 
 def _relative(error: float, energy: float) -> float:
     return float(np.sqrt(error / energy)) if energy else 0.0
 
 
-_Part = tuple[QuantizedWeight, float, float]
-"""Some columns, the sum of their squared errors, and of their squares."""
+_Piece = tuple[torch.Tensor, Floats, Floats | None]
+"""Codes of some columns [n, K], and their scales and zero points [blocks, n]."""
 
 
-def _round_part(name: str, grid: Grid, values: npt.NDArray[Any]) -> _Part:
-    """Round some columns [K, n] of a weight, in the type that they are stored in."""
-    # Torch widens 16 bits eight times as fast as numpy, in the order that memory has.
-    stored = from_array(values.T) if values.flags.f_contiguous else from_array(values).T
-    columns_first = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    weight = columns_first.numpy().T
-    energy = _energy(columns_first)
-    # What is not finite makes the sum so, as large numbers do: all of them are looked at only then.
-    if not np.isfinite(energy) and not np.isfinite(weight).all():
-        raise PassError(
-            f"quantize: weight {name!r} holds NaN or infinity",
-            hint="export the model again, or leave the layer out with ignore=",
-        )
-    blocks = in_blocks(weight, grid)
-    scale, zero = fit(weight, grid)
-    codes = nearest_codes(blocks, scale, zero, grid)
-    quantized = grid.stored(codes.reshape(weight.shape), scale, zero)
-    return quantized, _energy(_error(blocks, codes, scale, zero).permute(2, 0, 1)), energy
+class _Rounding:
+    """Rounds some columns of a weight [K, N] after the others, all of them in the same memory.
 
+    New memory for each of them would take as long as the arithmetic.
 
-def _error(blocks: Floats, codes: Floats, scale: Floats, zero: Floats | None) -> torch.Tensor:
-    """What ``codes`` stand for minus ``blocks``, in the place of the codes: new memory costs as much."""
-    error = torch.from_numpy(codes)
-    if zero is not None:
-        error -= torch.from_numpy(zero)[:, None]
-    error *= torch.from_numpy(scale)[:, None]
-    error -= torch.from_numpy(blocks)
-    return error
+    Args:
+        shape: [K, N].
+        grid: what is rounded to.
+        name: of the weight, for errors.
+    """
+
+    def __init__(self, shape: tuple[int, ...], grid: Grid, name: str) -> None:
+        self._grid, self._name = grid, name
+        self._rows, width = shape[0], _width(shape)
+        self._weight, self._codes = torch.empty(width, self._rows), torch.empty(width, self._rows)
+        self._squared_error = self._energy = 0.0
+
+    @property
+    def error(self) -> float:
+        """‖W − Ŵ‖ / ‖W‖ of what was counted."""
+        return _relative(self._squared_error, self._energy)
+
+    def codes(self, values: npt.NDArray[Any]) -> _Piece:
+        """Round columns [K, n], given in the type that they are stored in; good until the next are.
+
+        Raises:
+            PassError: one of them is not finite.
+        """
+        # Torch widens 16 bits eight times as fast as numpy, in the order that memory has.
+        stored = from_array(values.T) if values.flags.f_contiguous else from_array(values).T
+        weight = self._weight[: len(stored)].copy_(stored)
+        energy = _squares(weight)
+        # What is not finite makes the sum so, as large numbers do: all of them are looked at only then.
+        if not np.isfinite(energy) and not weight.isfinite().all():
+            raise PassError(
+                f"quantize: weight {self._name!r} holds NaN or infinity",
+                hint="export the model again, or leave the layer out with ignore=",
+            )
+        self._energy += energy
+        scale, zero = fit(weight.numpy().T, self._grid)
+        codes = self._codes[: len(stored)]
+        blocks = self._blocks(codes)
+        self._grid.codes_into(blocks, self._blocks(weight), *_along(scale, zero))
+        if self._grid.limit_pairs:
+            limit_pairs(blocks.numpy())
+        return codes, scale, zero
+
+    def count(self, codes: torch.Tensor, scale: Floats, zero: Floats | None) -> None:
+        """Count what the last columns lost; what they stand for takes the place of the codes."""
+        blocks, (step, shift) = self._blocks(codes), _along(scale, zero)
+        if shift is not None:
+            blocks -= shift
+        blocks *= step
+        codes -= self._weight[: len(codes)]
+        self._squared_error += _squares(codes)
+
+    def _blocks(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns [n, K] as blocks [K / B, B, n]."""
+        return columns.view(len(columns), -1, self._grid.block_size or self._rows).permute(1, 2, 0)
 
 
 class _Rounded:
-    """A weight [K, N] on its way to integers.
-
-    Attributes:
-        error, energy: sums of the squared errors, and of the squares, of the columns that are there.
-    """
+    """A weight [K, N] on its way to integers."""
 
     def __init__(self, shape: tuple[int, ...], grid: Grid) -> None:
         rows, columns = shape
         self._grid = grid
-        self.error = self.energy = 0.0
         dtype, blocks = np.int8 if grid.symmetric else np.uint8, rows // (grid.block_size or rows)
         self._integers = np.empty((rows, columns), dtype, order="F")
         self._scale = np.empty((blocks, columns), grid.scale_dtype)
         self._zero_point = None if grid.symmetric else np.empty((blocks, columns), dtype)
 
-    def fill(self, columns: slice, part: _Part) -> None:
+    def fill(self, columns: slice, codes: torch.Tensor, scale: Floats, zero: Floats | None) -> None:
         """Put some columns in their place."""
-        quantized, error, energy = part
-        where = (slice(None), columns)
-        self._integers[where] = quantized.integers
-        self._scale[where] = quantized.scale
-        if self._zero_point is not None and quantized.zero_point is not None:
-            self._zero_point[where] = quantized.zero_point
-        self.error += error
-        self.energy += energy
+        torch.from_numpy(self._integers.T[columns]).copy_(codes)
+        self._scale[:, columns] = narrowed(scale, self._grid.scale_dtype)
+        if self._zero_point is not None and zero is not None:
+            self._zero_point[:, columns] = zero
 
     def result(self) -> QuantizedWeight:
         """All columns."""
@@ -155,7 +194,12 @@ class _Rounded:
         return QuantizedWeight(self._integers, self._scale, zero_point, self._grid.bits)
 
 
-def _energy(values: torch.Tensor) -> float:
+def _along(scale: Floats, zero: Floats | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points [blocks, n] as they are broadcast against blocks [blocks, B, n]."""
+    return torch.from_numpy(scale)[:, None], None if zero is None else torch.from_numpy(zero)[:, None]
+
+
+def _squares(values: torch.Tensor) -> float:
     """The sum of squares of an array that is contiguous."""
     flat = values.reshape(-1)
     return float(torch.dot(flat, flat))

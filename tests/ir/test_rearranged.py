@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from planish.ir import release
 from planish.ir.derived import DerivedTensor
-from planish.ir.rearranged import TransposedTensor, alias, concatenated
+from planish.ir.rearranged import JoinedTensor, TransposedTensor, alias
 
 
 class Watched(DerivedTensor):
@@ -26,7 +26,7 @@ class Watched(DerivedTensor):
 def test_values_and_when_they_are_read():
     first, second = (Watched(np.arange(6 * n, dtype=np.float32).reshape(2, 3 * n)) for n in (1, 2))
     turned = TransposedTensor(first, (1, 0), "t")
-    joined = concatenated([first, second], axis=1)
+    joined = JoinedTensor([first, second], axis=1)
     same = alias(first, "a")
     assert (first.reads, second.reads) == (0, 0)
     assert tuple(turned.shape) == (3, 2)
@@ -42,7 +42,7 @@ def test_joined_transposed_tensors_keep_their_order_of_memory():
     parts = [
         TransposedTensor(ir.Tensor(np.random.default_rng(n).normal(size=(4, 3))), (1, 0)) for n in (0, 1)
     ]
-    joined = concatenated(parts, axis=1).numpy()
+    joined = JoinedTensor(parts, axis=1).numpy()
     assert joined.flags.f_contiguous
     np.testing.assert_array_equal(joined, np.concatenate([part.numpy() for part in parts], axis=1))
 
@@ -53,7 +53,7 @@ def test_release_reaches_the_file(tmp_path):
     with (tmp_path / "weights").open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     array = np.frombuffer(mapping, np.float32).reshape(pages, -1)
-    tensor = concatenated([TransposedTensor(ir.Tensor(array), (1, 0))] * 2, axis=1)
+    tensor = JoinedTensor([TransposedTensor(ir.Tensor(array), (1, 0))] * 2, axis=1)
 
     def resident():
         text = Path("/proc/self/smaps").read_text().split(str(tmp_path / "weights"), 1)[1]

@@ -5,6 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from planish.ir.errors import PassError
+from planish.ir.rearranged import JoinedTensor
 from planish.passes.quantize import streamed
 from planish.passes.quantize.algorithms.rtn import round_to_nearest
 from planish.passes.quantize.grid import Grid
@@ -44,6 +45,27 @@ def test_the_parts_are_the_whole(dtype, transposed, options):
     assert found.bits == expected.bits
     exact = np.linalg.norm(wide - expected.dequantized()) / np.linalg.norm(wide)
     assert error == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+def test_joined_weights_are_rounded_one_after_the_other(transposed, across, monkeypatch):
+    """Read as a whole, which copies them, only where they are joined along the rows of each column."""
+    weight = np.random.default_rng(0).standard_normal((64, 40)).astype(np.float16)
+    grid = Grid(bits=4, symmetric=False, block_size=32, scale_dtype=np.dtype(np.float16))
+    expected, error = streamed.round_weight(value(weight, transposed), grid, transposed=transposed)
+    parts = np.split(weight, [32], axis=0) if across else np.split(weight, [7, 30], axis=1)
+    axis = 0 if across else 1
+    stored = [ir.Tensor(np.ascontiguousarray(part.T) if transposed else part) for part in parts]
+    joined, whole = JoinedTensor(stored, axis=1 - axis if transposed else axis), JoinedTensor.numpy
+    wholes = []
+    monkeypatch.setattr(JoinedTensor, "numpy", lambda tensor: wholes.append(tensor) or whole(tensor))
+    found, found_error = streamed.round_weight(ir.val("w", const_value=joined), grid, transposed=transposed)
+    np.testing.assert_array_equal(found.integers, expected.integers)
+    np.testing.assert_array_equal(found.scale, expected.scale)
+    np.testing.assert_array_equal(found.zero_point, expected.zero_point)
+    assert found_error == pytest.approx(error, rel=1e-5)
+    assert bool(wholes) == across
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
