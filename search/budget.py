@@ -12,7 +12,12 @@ from ..runtime.provenance import ParetoPoint
 Metric = Callable[[CompiledModel], float]
 """How good a compiled model is: more is better."""
 
-PRUNING = ("prune{sparsity=0.15}", "prune{sparsity=0.3}", "prune{sparsity=0.5}")
+PRUNING = (
+    "prune{sparsity=0.15,multiple=32}",
+    "prune{sparsity=0.3,multiple=32}",
+    "prune{sparsity=0.5,multiple=32}",
+)
+"""Widths that the groups of `ROUNDED` and `SOLVED` divide: other layers would stay in float."""
 CACHES = ("kv-cache{bits=8}", "kv-cache{bits=4}")
 ROUNDED = (
     "quantize{scheme=W8A8,activations=token,ignore=[]}",
