@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -98,14 +99,19 @@ class LocalProcesses:
                 from joblib.externals.loky import ProcessPoolExecutor
 
                 self._started = ProcessPoolExecutor(
-                    self.count, timeout=_IDLE_SECONDS, initializer=_leave_interrupts_to_the_caller
+                    self.count, timeout=_IDLE_SECONDS, initializer=_begin_process
                 )
             return self._started
 
 
-def _leave_interrupts_to_the_caller() -> None:
-    """Ctrl-C reaches all processes of a terminal; the caller ends these."""
+def _begin_process() -> None:
+    from joblib.externals.loky import process_executor
+
+    # Ctrl-C reaches all processes of a terminal; the caller ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A process that grows by more than this is replaced, which takes seconds. A shared value, of which ever
+    # more pages are mapped, is no leak.
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
 
 
 def _run(function: Callable[[Any, Any], Any], path: str, item: Any) -> Any:

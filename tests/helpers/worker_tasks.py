@@ -10,6 +10,7 @@ import numpy as np
 from planish.ir.errors import PassError
 
 _seen = None
+_kept = []
 
 
 def scaled(factor, number):
@@ -75,3 +76,10 @@ def changes_shared(shared, number):
 
 def type_of_shared(shared, _):
     return shared.dtype.name
+
+
+def growing(_, count):
+    """Keep so many bytes for good; which process."""
+    _kept.append(np.ones(count, np.uint8))
+    time.sleep(1.1)
+    return os.getpid()

@@ -54,6 +54,14 @@ def test_a_process_reads_what_is_shared_once_and_cannot_change_it(processes):
     assert list(processes.map(worker_tasks.type_of_shared, shared["half"], [0])) == ["bfloat16"]
 
 
+def test_a_process_that_grows_stays(monkeypatch):
+    """Loky takes a growth of 300 MB for a leak; what is shared is mapped, and counts."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(worker_tasks.__file__))
+    alone = LocalProcesses(1)
+    assert len(set(alone.map(worker_tasks.growing, None, [0, 350_000_000, 0, 0]))) == 1
+    alone.close()
+
+
 def test_bits_are_those_of_threads(processes):
     matrix = np.random.default_rng(0).standard_normal((700, 500)).astype(np.float32)
     columns = [matrix[index].copy() for index in range(6)]
