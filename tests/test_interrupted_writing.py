@@ -386,6 +386,7 @@ def test_ctrl_c_ends_the_program_with_130_and_leaves_the_old_file(tmp_path: Path
 import os, signal, sys
 from planish import cli
 import planish.ir.files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 fsync = os.fsync
 def stop(descriptor):
     os.kill(os.getpid(), signal.SIGINT)
