@@ -59,7 +59,11 @@ def _joined_again(concat: ir.Node, changed: dict[int, int], reader: ir.Node) -> 
             parts.append(part)
         start += length
     again = ir.node(
-        "Concat", parts, {"axis": 0}, name=f"{reader.name}.shape", metadata_props=dict(reader.metadata_props)
+        "Concat",
+        parts,
+        {"axis": 0},
+        name=f"{reader.outputs[0].name}.shape",
+        metadata_props=dict(reader.metadata_props),
     )
     again.outputs[0].name = f"{reader.outputs[0].name}.shape"
     again.outputs[0].shape, again.outputs[0].type = concat.outputs[0].shape, concat.outputs[0].type
@@ -101,10 +105,23 @@ def _slice(node: ir.Node, kept: Kept) -> None:
         return
     for position, (axis, (start, _)) in enumerate(cuts.items()):
         if axis in shrinks:
-            starts[position] = int(np.searchsorted(shrinks[axis], start))
-            ends[position] = starts[position] + _size(node.outputs[0], axis, kept)
+            first = int(np.searchsorted(shrinks[axis], start))
+            size, left = static_dim(source, axis) or 0, len(shrinks[axis])
+            end = first + _size(node.outputs[0], axis, kept)
+            starts[position] = _as_said(starts[position], first, size, left)
+            ends[position] = _as_said(ends[position], end, size, left)
     node.replace_input_with(1, shape_constant(node, starts))
     node.replace_input_with(2, shape_constant(node, ends))
+
+
+def _as_said(before: int, now: int, size: int, left: int) -> int:
+    """A bound of an axis in the form that it had: as it is, from the end, or beyond it.
+
+    In the same form, what is subtracted is proportional to what the axis loses.
+    """
+    if before > size:
+        return before
+    return now - left if before < 0 and now < left else now
 
 
 def _convolution(node: ir.Node, kept: Kept) -> None:

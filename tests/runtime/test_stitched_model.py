@@ -64,7 +64,29 @@ def convolutional():
     return layers, {"example_inputs": (torch.ones(2, 1, 8, 8),)}
 
 
-MODELS = {"decoder": decoder, "encoder": encoder, "vision": vision, "convolutional": convolutional}
+class Sliced(torch.nn.Module):
+    """Gate and up in one product, cut by bounds that are counted from the end or lie beyond it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down = torch.nn.Linear(64, 24), torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        both = self.gate_up(x.flatten(1))
+        return self.down(both[:, :-12] * both[:, -12:].tanh())
+
+
+def sliced():
+    return Sliced(), {"example_inputs": (torch.ones(2, 1, 8, 8),)}
+
+
+MODELS = {
+    "decoder": decoder,
+    "encoder": encoder,
+    "vision": vision,
+    "convolutional": convolutional,
+    "sliced": sliced,
+}
 
 
 def samples_for(model: ir.Model) -> CalibrationData:

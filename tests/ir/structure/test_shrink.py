@@ -45,6 +45,12 @@ GRAPHS = {
      int64[1] o = {0}, int64[1] six = {6}, int64[1] end = {9223372036854775807}, int64[1] last = {-1}>
     { gu = MatMul(x, gate_up__weight)  g = Slice(gu, o, six, last)  u = Slice(gu, six, end, last)
       h = Mul(g, u)  y = MatMul(h, down__weight) }""",
+    "slices from the end": """
+    g (double[b, s, 4] x) => (double[b, s, 4] y)
+    <double[4, 12] gate_up__weight, double[6, 4] down__weight,
+     int64[1] o = {0}, int64[1] middle = {-6}, int64[1] end = {12}, int64[1] last = {-1}>
+    { gu = MatMul(x, gate_up__weight)  g = Slice(gu, o, middle, last)  u = Slice(gu, middle, end, last)
+      h = Mul(g, u)  y = MatMul(h, down__weight) }""",
     "heads": """
     g (double[b, s, 8] x) => (double[b, s, 8] y)
     <double[8, 12] q__weight, double[12] q__bias, double[8, 6] k__weight, double[8, 6] v__weight,
