@@ -25,7 +25,10 @@ def shift_output(node: ir.Node, shift: Vectors, graph: ir.Graph) -> None:
         node.replace_input_with(2, bias)
         return
     product = node.outputs[0]
-    add = ir.node("Add", [product, bias], name=f"{node.name}.bias", metadata_props=dict(node.metadata_props))
+    # Named after the value: nodes need no names, and onnxruntime wants those that there are to be different.
+    add = ir.node(
+        "Add", [product, bias], name=f"{product.name}.bias", metadata_props=dict(node.metadata_props)
+    )
     output = add.outputs[0]
     output.type, output.shape = product.type, product.shape
     ir.convenience.replace_all_uses_with(product, output, replace_graph_outputs=True)

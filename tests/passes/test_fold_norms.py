@@ -138,6 +138,14 @@ def test_a_linear_that_the_graph_returns_keeps_its_name_when_it_gets_a_bias():
     )
 
 
+def test_nodes_that_are_added_have_names_of_their_own():
+    """Those of the graph have none; onnxruntime refuses two nodes of the same name."""
+    model = model_of(decoder(LAYER))
+    fold(model)
+    names = [node.name for node in model.graph if node.name]
+    assert len(names) == len(set(names)) == 2  # the biases of gate and head
+
+
 def test_centring_makes_the_writers_mean_free_and_layer_norms_rms_norms():
     model = model_of(decoder(LAYER))
     before = run(model)
