@@ -186,8 +186,10 @@ class _Piece:
         )
         graph = view.clone()
         for value in graph.inputs:
-            if value.name in known:
-                array = known[str(value.name)]
+            array = known.get(str(value.name))
+            if isinstance(array, list):  # a sequence
+                value.type = ir.SequenceType(ir.TensorType(ir.DataType.from_numpy(array[0].dtype)))
+            elif array is not None:
                 value.dtype = ir.DataType.from_numpy(array.dtype)
                 value.shape = ir.Shape(_fixed_sizes(value, array))
         functions = list(self._model.functions.values())

@@ -62,6 +62,25 @@ def test_values_are_those_of_the_whole_graph():
             np.testing.assert_allclose(found, run_model(model, feeds, [name])[name], rtol=1e-6, atol=1e-6)
 
 
+def test_a_sequence_is_kept_between_pieces():
+    """What a split into a sequence gives is read on either side of a position."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    net (float[n, s, 4] x) => (float[n, s, 2] y)
+    <float[4, 4] w = {1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 3, 0, 0, 0, 0, 4},
+     int64 two = {2}, int64 i = {0}, int64 j = {1}>
+    { a = MatMul (x, w)  parts = SplitToSequence <axis = -1> (a, two)  b = SequenceAt (parts, i)
+      c = Relu (b)  d = SequenceAt (parts, j)  y = Add (c, d) }
+    """
+    model = planish.ir.load(onnx.parser.parse_model(text))
+    stream = ActivationStream(model, [{"x": feeds["x"]} for feeds in DATA])
+    for name in ("c", "y"):
+        for found, feeds in zip(values(stream, name), DATA, strict=True):
+            b, d = feeds["x"][..., :2] * [1, 2], feeds["x"][..., 2:] * [3, 4]
+            c = np.maximum(b, 0)
+            np.testing.assert_allclose(found, c if name == "c" else c + d, rtol=1e-6)
+
+
 def test_what_was_rewritten_on_the_way_is_what_runs():
     model = make_model()
     stream = ActivationStream(model, DATA)
