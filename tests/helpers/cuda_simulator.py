@@ -101,14 +101,14 @@ def _reason(process: subprocess.CompletedProcess) -> str:
 
 
 @functools.cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="planish-simulator-"))
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="planish-simulator-")
 
 
 @functools.cache
 def _standard_headers(flags: Sequence[str]) -> Path:
     """Those that the simulator includes, compiled once: parsing them takes longer than a kernel does."""
-    headers = Path(tempfile.mkdtemp(dir=_folder())) / "standard.h"
+    headers = Path(tempfile.mkdtemp(dir=_temporary().name)) / "standard.h"
     texts = [path.read_text() for path in (*_SIMULATOR.glob("*.h"), _SIMULATOR / "main.cpp")]
     found = {line for text in texts for line in text.splitlines() if line.startswith("#include <")}
     headers.write_text("\n".join(sorted(found)))
@@ -118,7 +118,7 @@ def _standard_headers(flags: Sequence[str]) -> Path:
 
 @functools.cache
 def _build(kernel: Kernel, kernels: Path, sanitizer: str) -> Path:
-    runner = Path(tempfile.mkdtemp(dir=_folder())) / kernel.name
+    runner = Path(tempfile.mkdtemp(dir=_temporary().name)) / kernel.name
     defined = {**dict(kernel.constants), "KERNEL_NAME": kernel.name}
     source = kernels / f"{kernel.name}.cu"
     flags = (*_FLAGS, *SANITIZERS[sanitizer])
