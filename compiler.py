@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -23,6 +24,7 @@ from .ir import clone, load
 from .ir.checkpoint import load_checkpoint
 from .ir.content_hash import content_hash
 from .ir.errors import InputError, PipelineError
+from .ir.load import LOADED_KEY
 from .ir.outline import ModelOutline
 from .ir.signature import Signature, flatten_inputs
 from .ir.spill import spilling
@@ -135,7 +137,7 @@ def compile(  # noqa: A001 — the name users know, as in torch.compile
         raise PipelineError("expected a budget, passes or a preset, found several", hint="give one of them")
     recipe = chosen_recipe(passes, preset)
     chosen = target or recipe.target or "onnxruntime-cpu"
-    source = read_model(model, example_inputs, dynamic_shapes)
+    source = read_model(model, example_inputs, dynamic_shapes, hash_weights=True)
     compilation = _Compilation(
         source=source,
         calibration=_data(calibration, source),
@@ -160,6 +162,12 @@ class Source:
     signature: Signature | None
     examples: tuple[Feeds, ...]
 
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """Of the model as it was read: to be asked before passes change it."""
+        found = self.graph.meta.pop(LOADED_KEY, None)
+        return content_hash(self.graph) if found is None else str(found)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Compilation:
@@ -180,7 +188,7 @@ class _Compilation:
         origin = {
             RECIPE: pipeline.to_yaml(),
             SEED: str(self.seed),
-            SOURCE: content_hash(graph),
+            SOURCE: self.source.content_hash,
             VERSIONS: json.dumps(versions()),
         }
         before = OutlineBefore()
@@ -295,14 +303,14 @@ def _bind(
     return CompiledModel(model=graph, bound=bound, target=target, report=report, signature=signature)
 
 
-def read_model(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Source:
-    """Trace or load a model."""
+def read_model(model: Any, example_inputs: Any, dynamic_shapes: Any, *, hash_weights: bool = False) -> Source:
+    """Trace or load a model; with ``hash_weights`` its `Source.content_hash` takes no reading of its own."""
     if isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         graph = trace(model, example_inputs, dynamic_shapes=dynamic_shapes)
         signature: Signature = graph.meta["planish.signature"]
         return Source(graph, signature, _module_feeds(signature, example_inputs))
     is_checkpoint = isinstance(model, str | os.PathLike) and (Path(model) / "config.json").is_file()
-    graph = load_checkpoint(model) if is_checkpoint else load(model)
+    graph = load_checkpoint(model) if is_checkpoint else load(model, hash_weights=hash_weights)
     if example_inputs is None:
         return Source(graph, graph.meta.get("planish.signature") if is_checkpoint else None, ())
     if not isinstance(example_inputs, Mapping):

@@ -238,7 +238,10 @@ def made_up_op(spec: LinearSpec) -> LinearOp:
         return constant(name, ir.tensor(rng.uniform(low, 1, shape).astype(float_dtype.numpy()), name=name))
 
     def integers(name: str, low: int, high: int, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
-        return constant(name, ops.integer_tensor(rng.integers(low, high, shape), dtype, name))
+        return constant(
+            name,
+            ops.integer_tensor(rng.integers(low, high, shape, np.int8 if low < 0 else np.uint8), dtype, name),
+        )
 
     return LinearOp(
         spec=spec,

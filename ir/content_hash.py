@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from .external import release
@@ -15,13 +17,45 @@ from .walk import all_graphs
 
 def content_hash(model: ir.Model) -> str:
     """SHA-256 of a graph's weights, names included: which model a file was compiled from."""
-    initializers = model.graph.initializers
-    tensors = [(name, initializers[name].const_value) for name in sorted(initializers)]
-    digest = hashlib.sha256()
+    hashes = ContentHash(model)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(_tensor_hash, [given for given in tensors if given[1] is not None]):
-            digest.update(found)
-    return f"sha256:{digest.hexdigest()}"
+        for _ in pool.map(hashes.add, model.graph.initializers.values()):
+            pass
+    return hashes.result()
+
+
+class ContentHash:
+    """The `content_hash` of a model, for whoever reads its weights anyway."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._hashes = {
+            name: _begun(name, value.const_value)
+            for name, value in sorted(model.graph.initializers.items())
+            if value.const_value is not None
+        }
+        self._model = model
+
+    def covers(self, value: ir.Value) -> bool:
+        """Whether the bytes of a weight are part of it: those of the main graph are."""
+        return value.graph is self._model.graph and value.name in self._hashes
+
+    def update(self, value: ir.Value, numbers: npt.NDArray[Any]) -> None:
+        """Add some numbers of a weight, one-dimensional and contiguous, after those before them."""
+        self._hashes[str(value.name)].update(numbers.view(np.uint8).data)
+
+    def add(self, value: ir.Value) -> None:
+        """Add all numbers of a weight, and release it."""
+        tensor = value.const_value
+        if tensor is not None:
+            self.update(value, np.ascontiguousarray(tensor.numpy()).reshape(-1))
+            release(tensor)
+
+    def result(self) -> str:
+        """The hash, when every weight was added."""
+        digest = hashlib.sha256()
+        for found in self._hashes.values():
+            digest.update(found.digest())
+        return f"sha256:{digest.hexdigest()}"
 
 
 def graph_hash(model: ir.Model) -> str:
@@ -36,7 +70,7 @@ def graph_hash(model: ir.Model) -> str:
         digest.update(f"graph {graph.name} {interface}".encode())
         if graph is not model.graph:
             for name, value in graph.initializers.items():
-                digest.update(b"" if value.const_value is None else _tensor_hash((name, value.const_value)))
+                digest.update(b"" if value.const_value is None else _tensor_hash(name, value.const_value))
         for node in graph:
             digest.update(_described(node).encode())
     for key, function in model.functions.items():
@@ -58,18 +92,21 @@ def _attribute(attribute: ir.Attr) -> str:
         return f"reference to {attribute.ref_attr_name}"
     match attribute.type:
         case ir.AttributeType.TENSOR:
-            return _tensor_hash(("", attribute.as_tensor())).hex()
+            return _tensor_hash("", attribute.as_tensor()).hex()
         case ir.AttributeType.TENSORS:
-            return "".join(_tensor_hash(("", tensor)).hex() for tensor in attribute.as_tensors())
+            return "".join(_tensor_hash("", tensor).hex() for tensor in attribute.as_tensors())
         case ir.AttributeType.GRAPH | ir.AttributeType.GRAPHS:
             return str(attribute.type)  # graphs are hashed by themselves
         case _:
             return repr(attribute.value)
 
 
-def _tensor_hash(named: tuple[str, ir.TensorProtocol]) -> bytes:
-    name, tensor = named
-    digest = hashlib.sha256(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+def _tensor_hash(name: str, tensor: ir.TensorProtocol) -> bytes:
+    digest = _begun(name, tensor)
     digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     release(tensor)
     return digest.digest()
+
+
+def _begun(name: str, tensor: ir.TensorProtocol) -> hashlib._Hash:
+    return hashlib.sha256(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from .clone import clone
+from .content_hash import ContentHash
 from .errors import ModelError, VerificationError
 from .external import map_external_tensors
 from .opset import convert_opset, settle_ir_version
@@ -25,6 +26,8 @@ from .weights import check_finite, detach_from_protobuf
 
 REMARKS_KEY = "planish.remarks"
 """Key of ``model.meta``: a tuple of sentences about what could not be done while loading."""
+LOADED_KEY = "planish.loaded"
+"""Key of ``model.meta``: the model's `content_hash` when it was loaded, if that was asked for."""
 
 _MAPPED_FROM = 2**26
 """Bytes of a file from which weights inside it are mapped and not read. Smaller ones are read at once: such
@@ -36,7 +39,10 @@ _MOST_NODES = 10**7
 
 
 def load(
-    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, check_weights: bool = True
+    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    *,
+    check_weights: bool = True,
+    hash_weights: bool = False,
 ) -> ir.Model:
     """Read a model into the IR: opset 23, weights in external or large files mapped into memory, not read.
 
@@ -48,6 +54,7 @@ def load(
         source: the path of an ``.onnx`` file, a protobuf message (external data relative to the current
             folder), or an IR model, which is copied and never changed.
         check_weights: read every weight once to look for NaN and infinities.
+        hash_weights: make of the same reading ``model.meta["planish.loaded"]``, the model's `content_hash`.
 
     Raises:
         ModelError: the file cannot be read or is damaged, its weights are missing or not numbers, its graph
@@ -66,7 +73,10 @@ def load(
     if remark is not None:
         model.meta[REMARKS_KEY] = (*model.meta.get(REMARKS_KEY, ()), remark)
     if check_weights:
-        check_finite(model, source=name)
+        hashes = ContentHash(model) if hash_weights else None
+        check_finite(model, source=name, hashes=hashes)
+        if hashes is not None:
+            model.meta[LOADED_KEY] = hashes.result()
     return model
 
 

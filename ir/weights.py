@@ -8,6 +8,7 @@ import os
 import numpy as np
 import onnx_ir as ir
 
+from .content_hash import ContentHash
 from .errors import ModelError
 from .external import array_tensor, declared_bytes, release
 from .walk import all_graphs, replace_tensors
@@ -67,37 +68,57 @@ def _check_size(tensor: ir.TensorProtocol, found: int, expected: int, unit: str,
         )
 
 
-def check_finite(model: ir.Model, *, source: str) -> None:
+def check_finite(model: ir.Model, *, source: str, hashes: ContentHash | None = None) -> None:
     """Check that no weight holds NaN, and that no weight of a linear, norm or embedding holds an infinity.
 
     Reads each weight once, some at a time, and releases it again. Scalars are left out: they are constants of
     the program.
+
+    Args:
+        model: its weights are read.
+        source: what to call the model in errors.
+        hashes: gets the weights of the same reading, if it is given: a large model is read from the disk.
 
     Raises:
         ModelError: names the first such weight, what it holds and where.
     """
     values = [value for graph in all_graphs(model) for value in graph.initializers.values()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for value, bad in zip(values, pool.map(_bad_number, values), strict=True):
+        found = pool.map(lambda value: _bad_number(value, hashes), values)
+        for value, bad in zip(values, found, strict=True):
             if bad is not None:
                 pool.shutdown(cancel_futures=True)
-                where, found = bad
+                where, number = bad
                 raise ModelError(
-                    f"{source}: weight '{value.name}' holds {found} at index {where}",
+                    f"{source}: weight '{value.name}' holds {number} at index {where}",
                     hint="the checkpoint is broken, or overflowed in a conversion to a smaller float type",
                 )
 
 
-def _bad_number(value: ir.Value) -> tuple[list[int], float] | None:
+def _bad_number(value: ir.Value, hashes: ContentHash | None) -> tuple[list[int], float] | None:
     """Where a weight holds what it must not, and what."""
     tensor = value.const_value
-    if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+    if tensor is None:
         return None
-    bad = _first_not_finite(np.asarray(tensor.numpy()), allow_infinity=not _is_weight(value))
-    release(tensor)
-    if bad is None:
+    is_hashed = hashes is not None and hashes.covers(value)
+    if tensor.size <= 1 or not tensor.dtype.is_floating_point():
+        if hashes is not None and is_hashed:
+            hashes.add(value)
         return None
-    return [int(i) for i in np.unravel_index(bad[0], tensor.shape.numpy())], bad[1]
+    allow_infinity = not _is_weight(value)
+    flat = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    try:
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
+            if hashes is not None and is_hashed:
+                hashes.update(value, chunk)
+            bad = _first_not_finite(chunk, allow_infinity=allow_infinity)
+            if bad is not None:
+                at, number = bad
+                return [int(i) for i in np.unravel_index(start + at, tensor.shape.numpy())], number
+    finally:
+        release(tensor)
+    return None
 
 
 def _is_weight(value: ir.Value) -> bool:
@@ -105,18 +126,13 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _first_not_finite(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], *, allow_infinity: bool
+    chunk: np.ndarray[tuple[int, ...], np.dtype[np.generic]], *, allow_infinity: bool
 ) -> tuple[int, float] | None:
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        chunk = flat[start : start + _CHUNK]
-        if not _may_hold_bad(chunk):
-            continue
-        bad = np.isnan(chunk) if allow_infinity else ~np.isfinite(chunk)
-        if bad.any():
-            index = int(np.argmax(bad))
-            return start + index, float(chunk[index])
-    return None
+    if not _may_hold_bad(chunk):
+        return None
+    bad = np.isnan(chunk) if allow_infinity else ~np.isfinite(chunk)
+    index = int(np.argmax(bad))
+    return (index, float(chunk[index])) if bad[index] else None
 
 
 def _may_hold_bad(chunk: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:

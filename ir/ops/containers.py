@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from ..rearranged import TransposedTensor
 from ..spill import kept
@@ -18,7 +19,7 @@ _CONTAINERS = {
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
 }
-_PAIRS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 18
 
 
 def container(bits: int, *, signed: bool) -> ir.DataType:
@@ -46,11 +47,14 @@ def _packed(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     flat = flat.view(np.int8) if flat.itemsize == 1 else flat.astype(np.int8)
     if flat.size % 2:
         flat = np.append(flat, np.int8(0))
+    elif not flat.flags.writeable:  # torch has no such tensors
+        flat = flat.copy()
     packed = np.empty(flat.size // 2, np.uint8)
-    # As 16-bit numbers, since steps of two bytes take five times as long, and a few at a time, in the cache.
-    for start in range(0, packed.size, _PAIRS_AT_ONCE):
-        pairs = flat[2 * start : 2 * (start + _PAIRS_AT_ONCE)].view("<u2")
-        packed[start : start + _PAIRS_AT_ONCE] = pairs & 0xF | pairs >> 4 & 0xF0
+    # As 16-bit numbers, since steps of two bytes take five times as long, and a few at a time, in the cache;
+    # by torch, on all cores.
+    pairs, result = torch.from_numpy(flat.view("<i2")), torch.from_numpy(packed)
+    for some, place in zip(pairs.split(_PAIRS_AT_ONCE), result.split(_PAIRS_AT_ONCE), strict=True):
+        place.copy_((some >> 4).bitwise_and_(0xF0).bitwise_or_(some & 0xF))
     return packed
 
 

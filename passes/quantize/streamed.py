@@ -153,12 +153,11 @@ class _Rounding:
         return codes, scale, zero
 
     def count(self, codes: torch.Tensor, scale: Floats, zero: Floats | None) -> None:
-        """Count what the last columns lost; what they stand for takes the place of the codes."""
+        """Count what the last columns lost; that takes the place of the codes."""
         blocks, (step, shift) = self._blocks(codes), _along(scale, zero)
         if shift is not None:
             blocks -= shift
-        blocks *= step
-        codes -= self._weight[: len(codes)]
+        torch.addcmul(self._blocks(self._weight[: len(codes)]), blocks, step, value=-1, out=blocks)
         self._squared_error += _squares(codes)
 
     def _blocks(self, columns: torch.Tensor) -> torch.Tensor:
@@ -179,7 +178,10 @@ class _Rounded:
 
     def fill(self, columns: slice, codes: torch.Tensor, scale: Floats, zero: Floats | None) -> None:
         """Put some columns in their place."""
-        torch.from_numpy(self._integers.T[columns]).copy_(codes)
+        integers = self._integers.T[columns]
+        # Torch makes signed integers of floats in a quarter of the time of unsigned ones.
+        fits = self._grid.highest <= np.iinfo(np.int8).max
+        torch.from_numpy(integers.view(np.int8) if fits else integers).copy_(codes)
         self._scale[:, columns] = narrowed(scale, self._grid.scale_dtype)
         if self._zero_point is not None and zero is not None:
             self._zero_point[:, columns] = zero
