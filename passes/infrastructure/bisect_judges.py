@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ...ir.errors import InputError
 from ...runtime.reference import run_model
 from .base import Contract, Feeds
-from .instruments.contract import Outputs, broken_output, no_longer_finite
+from .instruments.contract import Outputs, broken_output, no_longer_finite, rounding
 from .pipeline import Pipeline
 
 Check = Callable[[ir.Model], bool]
@@ -85,7 +85,8 @@ class ContractJudge(Judge):
         if stretch[0].contract is Contract.APPROXIMATE:
             return _not_finite(outputs, self._outputs[start])
         # The triangle inequality: each pass may move the outputs by its own tolerance.
-        return _disagreement(outputs, self._outputs[start], sum(pass_.tolerance for pass_ in stretch))
+        tolerance = max(sum(pass_.tolerance for pass_ in stretch), rounding(model))
+        return _disagreement(outputs, self._outputs[start], tolerance)
 
 
 def judge_of(

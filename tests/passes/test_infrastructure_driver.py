@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from planish.codegen import get_target
-from planish.ir import load
+from planish.ir import infer_shapes, load
 from planish.ir.errors import (
     ContractError,
     NothingCoveredError,
@@ -344,6 +345,26 @@ def test_the_contract_check_names_pass_output_layer_tensor_and_weight():
         "largest value; first difference: tensor 'h' (layer 'l0', MatMul node 'h.node') differs by 0.5 "
         "relative to its largest value; weight 'l0.weight' has changed"
     )
+
+
+HALF = """<ir_version: 11, opset_import: ["": 23]>
+net (float[batch, 4] x) => (float[batch, 2] y)
+<float16[4, 3] "l0.weight" = {1,2,3,4,5,6,7,8,9,1,2,3}, float[3, 2] "l1.weight" = {1,2,3,4,5,6}>
+"""
+IN_HALF = """{ half = Cast<to = 10>(x)  h = MatMul(half, "l0.weight")  a = Cast<to = 1>(h)
+              y = MatMul(a, "l1.weight") }"""
+ONLY_STORED = """{ w = Cast<to = 1>("l0.weight")  h = MatMul(x, w)  y = MatMul(h, "l1.weight") }"""
+
+
+@pytest.mark.parametrize(("body", "broken"), [(IN_HALF, False), (ONLY_STORED, True)])
+def test_a_model_that_computes_in_half_may_answer_to_its_rounding(body, broken):
+    """Its output is float32; where the weights are only stored in half, the arithmetic is float32, too."""
+    model = load(onnx.parser.parse_model(HALF + body))
+    infer_shapes(model)
+    with pytest.raises(ContractBrokenError) if broken else contextlib.nullcontext():
+        run(model, Scale(by=1 + 2e-3), instruments=[ContractCheck(EXAMPLES)])
+    with pytest.raises(ContractBrokenError):
+        run(model, Scale(by=1.05), instruments=[ContractCheck(EXAMPLES)])
 
 
 def test_the_contract_check_accepts_what_stays_within_the_tolerance():

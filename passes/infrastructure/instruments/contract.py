@@ -1,8 +1,9 @@
 """Does every pass keep its contract? Checked by running the model before and after it on real inputs.
 
 Exact passes: every output must agree, ``‖after − before‖∞ ≤ tolerance · ‖before‖∞``, for a tolerance that the
-pass states. Where one does not, the error names the pass, the output, and the first tensor that differs with
-its layer. Approximate passes: the error they caused is measured and goes into the report.
+pass states, or for the `rounding` of a model that computes in fewer bits than float32. Where one does not,
+the error names the pass, the output, and the first tensor that differs with its layer. Approximate passes:
+the error they caused is measured and goes into the report.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from ....ir.errors import ContractError
+from ....ir.walk import all_values
 from ....runtime.calibration.data import fitted, input_types
 from ....runtime.example_inputs import example_inputs
 from ....runtime.localize import TensorDifference, first_difference, relative_error
@@ -28,6 +31,7 @@ Outputs = Mapping[str, Any]
 
 # Sums of a few thousand terms, taken in another order, lose a few of the last bits.
 _EPSILONS_ALLOWED = 16
+_NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _PAST = "past_key_values."
 
 
@@ -118,7 +122,7 @@ class ContractCheck(Instrument):
         after: Outputs,
     ) -> None:
         if pass_.contract is Contract.EXACT:
-            broken = broken_output(after, before, pass_.tolerance)
+            broken = broken_output(after, before, max(pass_.tolerance, rounding(model_before)))
         else:
             broken = no_longer_finite(after, before)
         if broken is not None:
@@ -151,7 +155,7 @@ def broken_output(after: Outputs, before: Outputs, tolerance: float) -> OutputDi
         if name not in after:
             return OutputDifference(name, float("inf"), "in that it is no longer an output")
         error, detail = relative_error(after[name], reference)
-        if error > max(tolerance, _rounding(reference)):
+        if error > tolerance:
             return OutputDifference(name, error, detail)
     return None
 
@@ -171,12 +175,18 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isfinite(value).all())
 
 
-def _rounding(reference: Any) -> float:
-    """What reordering alone may cost in types narrower than float32; 0 for all others."""
-    dtype = getattr(reference, "dtype", np.dtype(object))
-    if dtype != np.float16:
-        return 0.0
-    return _EPSILONS_ALLOWED * float(np.finfo(np.float16).eps)
+def rounding(model: ir.Model) -> float:
+    """What reordering alone may cost a model that computes in types narrower than float32; 0 for others.
+
+    Also where outputs are float32: what comes before them counts. Weights that are only converted do not.
+    """
+    epsilons = {
+        float(ml_dtypes.finfo(value.dtype.numpy()).eps)
+        for value in all_values(model)
+        if value.dtype in _NARROW
+        and (value.is_graph_output() or any(use.node.op_type != "Cast" for use in value.uses()))
+    }
+    return _EPSILONS_ALLOWED * max(epsilons, default=0.0)
 
 
 def _violation(
