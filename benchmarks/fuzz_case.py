@@ -461,7 +461,9 @@ def _answers(proto: onnx.ModelProto, feeds: Feeds, step: float, original: Any) -
     Weights are arrays of more than one number: a scalar may be an exponent.
     """
     expected = original(feeds)
+    copied = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Identity"}
     factors = {node.input[2] for node in proto.graph.node if node.op_type == "Resize"}
+    factors |= {copied.get(name, name) for name in factors}
     answers = dict.fromkeys(expected, 0.0)
     for seed in range(3):
         rng = np.random.default_rng(seed)
