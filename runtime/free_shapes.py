@@ -45,10 +45,12 @@ class _Share:
     Attributes:
         operands: of the entries of constant operands.
         inputs: of the size of graph inputs, by name and axis.
+        computed: the axes of other values that it has a part in, by name; None for all of them.
     """
 
     operands: Mapping[Place, Array]
     inputs: Mapping[str, Mapping[int, int]]
+    computed: Mapping[str, Sequence[int] | None]
 
 
 class FreeShapes:
@@ -157,10 +159,15 @@ class FreeShapes:
         return sizes
 
     def _forget_sizes(self) -> None:
-        """Let the shapes say nothing that does not hold at all sizes; onnxruntime infers what it needs."""
+        """Let shapes say nothing that does not hold at all sizes; what does, onnxruntime may not infer."""
         graph = self.model.graph
-        for value in (value for node in graph for value in node.outputs if not value.is_graph_output()):
-            value.shape = None
+        computed = {str(value.name): value for node in graph for value in node.outputs}
+        for share in self._shares.values():
+            for name, axes in share.computed.items():
+                if axes is None:
+                    computed[name].shape = None
+                else:
+                    _resize(computed[name], dict.fromkeys(axes))
         free = [(member.tensor, member.axis) for group in self._groups.values() for member in group.members]
         for share in self._shares.values():
             free += [(name, axis) for name, axes in share.inputs.items() for axis in axes]
@@ -187,7 +194,7 @@ class _FixedError(Exception):
 def _share(model: ir.Model, group: ChannelGroup) -> _Share:
     """What each structure of a group accounts for: what goes with the last one."""
     if group.structures == 1:
-        return _Share({}, {})
+        return _Share({}, {}, {})
     copy = clone(model)
     nodes = [(node, tuple(node.inputs), dict(node.attributes)) for node in copy.graph]
     choice = Choice(group, np.arange(group.structures - 1), {})
@@ -198,7 +205,7 @@ def _share(model: ir.Model, group: ChannelGroup) -> _Share:
             raise _FixedError(f"{node.op_type} '{node.outputs[0].name}' says a size in an attribute")
         operands |= {(position, index): share for index, share in _operand_shares(node, inputs)}
     _require_only_cut(model, copy, choice)
-    return _Share(operands, _input_shares(model, copy))
+    return _Share(operands, _input_shares(model, copy), _computed_axes(model, copy))
 
 
 def _operand_shares(node: ir.Node, inputs: Sequence[ir.Value | None]) -> Iterator[tuple[int, Array]]:
@@ -232,6 +239,20 @@ def _input_shares(model: ir.Model, shrunk: ir.Model) -> dict[str, dict[int, int]
             if old != new:
                 shares.setdefault(str(before.name), {})[axis] = _size(before, axis) - _size(after, axis)
     return shares
+
+
+def _computed_axes(model: ir.Model, shrunk: ir.Model) -> dict[str, Sequence[int] | None]:
+    """The axes of nodes' outputs whose sizes are others, by name."""
+    changed: dict[str, Sequence[int] | None] = {}
+    after = {value.name: value.shape for node in shrunk.graph for value in node.outputs}
+    for value in (value for node in model.graph for value in node.outputs):
+        old, new = value.shape, after.get(value.name)
+        if old is not None and (new is None or len(new) != len(old)):
+            changed[str(value.name)] = None
+        elif old is not None and new is not None and old != new:
+            pairs = enumerate(zip(old, new, strict=True))
+            changed[str(value.name)] = [axis for axis, (size, other) in pairs if size != other]
+    return changed
 
 
 def _size(value: ir.Value, axis: int) -> int:
