@@ -14,6 +14,7 @@ from ...ir.errors import PassError
 from ...ir.views import Linear
 from ...ir.views.attention import AttentionBlock
 from ...ir.views.values import is_constant, static_shape
+from ..canonicalize.graph_edits import add_initializer
 
 Array = npt.NDArray[Any]
 Change = Callable[[Array], Array]
@@ -102,13 +103,6 @@ def _is_scaling(node: ir.Node) -> bool:
 
 def set_reshape(node: ir.Node, sizes: Array) -> None:
     """Give a Reshape a constant shape of its own, which others do not read."""
-    name = f"{node.name}.shape"
-    own = ir.Value(
-        name=name,
-        shape=ir.Shape(sizes.shape),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.tensor(sizes, name=name),
-    )
+    name = f"{node.outputs[0].name}.shape"
     assert isinstance(node.graph, ir.Graph)
-    node.graph.register_initializer(own)
-    node.replace_input_with(1, own)
+    node.replace_input_with(1, add_initializer(node.graph, ir.tensor(sizes, name=name), name))

@@ -71,6 +71,20 @@ def test_merging_heads_that_are_alike_changes_nothing(kind, order, grouping):
     verify(compiled.model)
 
 
+def test_nodes_may_have_no_names():
+    named, nameless = (
+        planish.compile(graph, ["canonicalize", GroupQueries(kv_heads=2)], target=TARGET).model
+        for graph in (traced(), _without_node_names(clone(traced())))
+    )
+    assert sorted(named.graph.initializers) == sorted(nameless.graph.initializers)
+
+
+def _without_node_names(model):
+    for node in model.graph:
+        node.name = ""
+    return model
+
+
 def test_neighbours_that_differ_are_averaged():
     """The same as averaging in the module, which has as many heads and groups then."""
     module = build()
