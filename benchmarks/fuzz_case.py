@@ -461,9 +461,13 @@ def _answers(proto: onnx.ModelProto, feeds: Feeds, step: float, original: Any) -
     Weights are arrays of more than one number: a scalar may be an exponent.
     """
     expected = original(feeds)
-    copied = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Identity"}
-    factors = {node.input[2] for node in proto.graph.node if node.op_type == "Resize"}
-    factors |= {copied.get(name, name) for name in factors}
+    made_of = {name: node.input for node in proto.graph.node for name in node.output}
+    pending = [node.input[2] for node in proto.graph.node if node.op_type == "Resize"]
+    factors = set[str]()
+    while pending:
+        name = pending.pop()
+        factors.add(name)
+        pending += made_of.get(name, ())
     answers = dict.fromkeys(expected, 0.0)
     for seed in range(3):
         rng = np.random.default_rng(seed)
