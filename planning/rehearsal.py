@@ -97,7 +97,7 @@ def rehearse(
     pipeline = Pipeline.of(task.passes)
     amounts = _Amounts(pipeline, tuple(_elements(feeds) for feeds in task.calibration))
     everything = {alike.name: len(alike) for alike in layers}
-    for few, many in _levers(model, everything, pipeline):
+    for few, many in _levers(model, everything, pipeline, works_on_data=len(amounts.both) > 1):
         counts = [few, *({**few, name: many[name]} for name in few if many[name] > few[name])]
         outcomes: dict[tuple[int, bool], Outcome] = {}
         for corner in progress([Corner(n, more) for n in counts for more in amounts.both]):
@@ -132,13 +132,18 @@ def _fitted(task: Task, model: ir.Model) -> Task:
 
 
 def _levers(
-    model: ir.Model, everything: dict[str, int], pipeline: Pipeline
+    model: ir.Model, everything: dict[str, int], pipeline: Pipeline, *, works_on_data: bool
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """How many layers of each kind to rehearse, and how many for the second point; better ones later."""
+    """How many layers of each kind to rehearse, and how many for the second point; better ones later.
+
+    The second layer takes memory that all further ones use again. Where a layer is short work, because there
+    are no data to go through, rehearsals begin behind it.
+    """
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     small = size < _SMALL_LAYER * max(1, sum(everything.values()))
     if all(pass_.works_by_layer for pass_ in pipeline):
-        for few, many in [(1, 3 if small else 2), (2, 4)]:
+        first = (1, 3) if small else (1, 2) if works_on_data else (2, 4)
+        for few, many in dict.fromkeys([first, (2, 4)]):
             # A rehearsal of nearly everything says less than one of everything.
             if sum(min(n, many) for n in everything.values()) < sum(everything.values()) / 1.5:
                 yield (
