@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -31,7 +30,7 @@ Outputs = Mapping[str, Any]
 
 # Sums of a few thousand terms, taken in another order, lose a few of the last bits.
 _EPSILONS_ALLOWED = 16
-_NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_EPSILONS = {ir.DataType.FLOAT16: 2.0**-10, ir.DataType.BFLOAT16: 2.0**-7}
 _PAST = "past_key_values."
 
 
@@ -181,9 +180,9 @@ def rounding(model: ir.Model) -> float:
     Also where outputs are float32: what comes before them counts. Weights that are only converted do not.
     """
     epsilons = {
-        float(ml_dtypes.finfo(value.dtype.numpy()).eps)
+        _EPSILONS[value.dtype]
         for value in all_values(model)
-        if value.dtype in _NARROW
+        if value.dtype in _EPSILONS
         and (value.is_graph_output() or any(use.node.op_type != "Cast" for use in value.uses()))
     }
     return _EPSILONS_ALLOWED * max(epsilons, default=0.0)
