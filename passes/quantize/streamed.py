@@ -157,7 +157,9 @@ class _Rounding:
         blocks, (step, shift) = self._blocks(codes), _along(scale, zero)
         if shift is not None:
             blocks -= shift
-        torch.addcmul(self._blocks(self._weight[: len(codes)]), blocks, step, value=-1, out=blocks)
+        # In two steps, as kernels do: one that rounds once says that exact weights are not.
+        blocks *= step
+        codes -= self._weight[: len(codes)]
         self._squared_error += _squares(codes)
 
     def _blocks(self, columns: torch.Tensor) -> torch.Tensor:
